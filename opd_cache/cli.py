@@ -1,0 +1,304 @@
+"""The command line. Heavy packages are imported inside the commands that need them, so that --help and status are quick."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from opd_cache import __version__
+from opd_cache.errors import ConfigError, OpdCacheError
+
+EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
+@click.version_option(__version__, prog_name="opd-cache")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """On-policy distillation in three restartable stages joined by Parquet shards.
+
+    \b
+    opd-cache run quickstart                    a whole run on this machine
+    opd-cache status runs/quickstart            what is done
+    opd-cache query runs/quickstart "select avg(num_response_tokens) from rollouts"
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def _recipe_arguments(command: Callable) -> Callable:
+    return click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")(command)
+
+
+def _share_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--shard", type=click.IntRange(min=0), help="Only this shard."),
+        click.option(
+            "--num-tasks", type=click.IntRange(min=1), default=1, help="Processes that share the missing shards."
+        ),
+        click.option(
+            "--task",
+            type=click.IntRange(min=0),
+            default=0,
+            help="Which of them this is: it takes shards with index % num_tasks == task.",
+        ),
+        click.option("--episode", type=click.IntRange(min=0), required=True, help="Episode number, from 0."),
+    ):
+        command = option(command)
+    return command
+
+
+def _open(recipe: tuple[str, ...]) -> Any:
+    """Load the recipe and open its run."""
+    from opd_cache.logs import set_up_logging
+    from opd_cache.recipes import load_recipe
+
+    set_up_logging()
+    loaded = load_recipe(recipe)
+    _quiet_libraries()
+    from opd_cache.run import open_run
+
+    return open_run(loaded)
+
+
+def _quiet_libraries() -> None:
+    # Two busy OpenMP threads on two cores spin against each other unless they sleep while waiting.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _share(task: int, num_tasks: int, shard: int | None) -> Any:
+    from opd_cache.stage import Share
+
+    if task >= num_tasks:
+        raise click.UsageError(f"--task {task} must be below --num-tasks {num_tasks}.")
+    return Share(task, num_tasks, shard)
+
+
+def _inline_stages(recipe: tuple[str, ...]) -> Any:
+    from opd_cache.pipeline import InlineStages
+
+    return InlineStages(_open(recipe))
+
+
+@cli.command(epilog=EPILOG_RECIPE)
+@_recipe_arguments
+@_share_options
+def rollout(recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, shard: int | None) -> None:
+    """Sample responses with the student.
+
+    Makes the missing shards of episode=N/rollouts and seals them when all are there.
+
+    Example: opd-cache rollout quickstart --episode 0
+    """
+    share = _share(task, num_tasks, shard)
+    _inline_stages(recipe).rollout(episode, share=share)
+
+
+@cli.command(epilog=EPILOG_RECIPE)
+@_recipe_arguments
+@_share_options
+@click.option("--teacher", help="Only this teacher of the recipe.")
+def score(
+    recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, shard: int | None, teacher: str | None
+) -> None:
+    """Give every sampled token its teacher's log-prob.
+
+    Makes the missing shards of episode=N/scores/teacher=NAME and seals them when all are there.
+
+    Example: opd-cache score quickstart --episode 0
+    """
+    share = _share(task, num_tasks, shard)
+    chosen = () if teacher is None else (f"score.teacher={json.dumps(teacher)}",)
+    _inline_stages((*recipe, *chosen)).score(episode, share=share)
+
+
+@cli.command(epilog=EPILOG_RECIPE)
+@_recipe_arguments
+@click.option("--episode", type=click.IntRange(min=0), required=True, help="Episode number, from 0.")
+def learn(recipe: tuple[str, ...], episode: int) -> None:
+    """Train the student on an episode's joined shards and publish its policy.
+
+    Example: opd-cache learn quickstart --episode 0
+    """
+    _inline_stages(recipe).learn(episode)
+
+
+@cli.command("eval", epilog=EPILOG_RECIPE)
+@_recipe_arguments
+@click.option(
+    "--policy-version",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="The student after so many episodes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures for programs.")
+def evaluate(recipe: tuple[str, ...], policy_version: int, as_json: bool) -> None:
+    """Measure exact match and reverse KL on held-out prompts.
+
+    Example: opd-cache eval quickstart --policy-version 10
+    """
+    stages = _inline_stages(recipe)
+    stages.eval(policy_version)
+    if as_json:
+        from opd_cache.status import evaluation_summary
+
+        click.echo(json.dumps(evaluation_summary(stages.run.dir, f"policy={policy_version}"), indent=2))
+
+
+@cli.command(epilog=EPILOG_RECIPE)
+@_recipe_arguments
+@click.option("--json", "as_json", is_flag=True, help="End with the status for programs instead of tables.")
+def run(recipe: tuple[str, ...], as_json: bool) -> None:
+    """Run all stages of all episodes on this machine.
+
+    Run it again after any interruption: it goes on from the last published shard or checkpoint.
+
+    Example: opd-cache run quickstart num_episodes=12
+    """
+    from opd_cache.launch.local import SubprocessStages
+    from opd_cache.pipeline import InlineStages, run_episodes
+
+    opened = _open(recipe)
+    if opened.recipe.launcher == "inline":
+        run_episodes(opened, InlineStages(opened))
+    else:
+        run_episodes(opened, SubprocessStages(recipe, opened.recipe.num_workers))
+    if as_json:
+        from opd_cache.status import run_status
+
+        click.echo(json.dumps(run_status(opened.dir.path), indent=2))
+    else:
+        _print_summary(opened.dir.path)
+
+
+def _console() -> Any:
+    """Standard output, for tables. Brackets in paths, names and texts are just brackets."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
+def _print_summary(path: Path) -> None:
+    from opd_cache.status import results_table, run_status
+
+    status, console = run_status(path), _console()
+    console.print(results_table(status))
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in status["seconds"].items())
+    tokens = max(1, status["response_tokens"])
+    console.print(f"time: {seconds}")
+    console.print(f"data: {status['response_tokens']:,} response tokens in {len(status['episodes'])} episodes")
+    for name, size in status["bytes"].items():
+        console.print(f"cache: {name} {size:,} bytes, {size / tokens:.1f} a response token")
+    console.print("next:")
+    for command in (
+        f"opd-cache status {path}",
+        f'opd-cache query {path} "select step, loss, reverse_kl, entropy from steps order by step desc limit 5"',
+        f'opd-cache query {path} "select episode, avg(num_response_tokens) as tokens from rollouts group by episode order by episode"',
+    ):
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(run_dir: Path, as_json: bool) -> None:
+    """Show what a run has so far: shards, policies, evaluations.
+
+    Example: opd-cache status runs/quickstart --json
+    """
+    from opd_cache.status import run_status, status_tables
+
+    found = run_status(run_dir)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for table in status_tables(found):
+        _console().print(table)
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("sql")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+def query(run_dir: Path, sql: str, as_json: bool) -> None:
+    """Ask a run in SQL: views prompts, rollouts, scores, steps, evals.
+
+    Example: opd-cache query runs/quickstart "select * from steps order by step desc limit 3"
+    """
+    from opd_cache.store.query import query_rows, render_table
+
+    columns, rows = query_rows(run_dir, sql)
+    if as_json:
+        if repeated := next((name for name in columns if columns.count(name) > 1), None):
+            raise ConfigError(f"the query gives two columns named {repeated!r}; rename one with AS.")
+        for row in rows:
+            click.echo(json.dumps(dict(zip(columns, row, strict=True)), default=str))
+    else:
+        render_table(columns, rows)
+
+
+@cli.command()
+@click.argument("recipe", nargs=-1, metavar="[RECIPE...] [key=value...]")
+@click.option("--list", "list_recipes", is_flag=True, help="The packaged recipes.")
+@click.option("--keys", is_flag=True, help="Every recipe key, its default and what it means.")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
+def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: bool) -> None:
+    """Print the resolved recipe, the packaged recipes, or all recipe keys.
+
+    Example: opd-cache config quickstart learn.learning_rate=1e-3
+    """
+    from opd_cache.config import describe_keys
+    from opd_cache.recipes import load_recipe, packaged_recipes, recipe_json, recipe_yaml
+
+    if list_recipes:
+        for name, path in packaged_recipes().items():
+            click.echo(f"{name}\t{path}")
+    elif keys:
+        for key, default, doc in describe_keys():
+            click.echo(f"{key} = {default}\n    {doc}")
+    else:
+        loaded = load_recipe(recipe)
+        click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line and the status of their class."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli(prog_name="opd-cache", standalone_mode=False)
+    except OpdCacheError as error:
+        if debug:
+            raise
+        _stop(type(error).__name__, str(error), error.exit_status)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        _stop(
+            "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
+        )
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _stop(type(error).__name__, f"{error.filename}: {error.strerror}.", 2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on from what is published.", err=True)
+        sys.exit(130)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+
+
+def _stop(kind: str, message: str, status: int) -> NoReturn:
+    """Print the error as one line, whatever names and texts it quotes, and exit."""
+    click.echo("\\n".join(f"{kind}: {message}".splitlines()), err=True)
+    sys.exit(status)

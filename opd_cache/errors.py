@@ -1,0 +1,52 @@
+"""Every error a user can meet: one line that says what was found, what was expected, where, and what to do.
+
+The command line prints the line without a traceback and exits with the class's `exit_status`.
+"""
+
+
+class OpdCacheError(Exception):
+    """A mistake that the user can mend."""
+
+    exit_status = 2
+
+
+class ConfigError(OpdCacheError, ValueError):
+    """A recipe or a command line that cannot be followed."""
+
+
+class PromptError(OpdCacheError, ValueError):
+    """A prompts file with a line that cannot be used."""
+
+
+class ModelError(OpdCacheError, ValueError):
+    """A model or tokenizer that is missing, unreadable or unfit for its role."""
+
+
+class StoreError(OpdCacheError):
+    """Something in the run directory is not what it should be."""
+
+
+class CorruptShardError(StoreError, ValueError):
+    """A shard or manifest is damaged: truncated, flipped bits, wrong rows."""
+
+
+class AlignmentError(StoreError, ValueError):
+    """A score row does not belong to the rollout row beside it."""
+
+
+class MismatchError(StoreError, ValueError):
+    """What is on disk was made from other inputs or other settings than those at hand."""
+
+
+class MissingInputError(StoreError, FileNotFoundError):
+    """A stage was asked for before the stage that feeds it was complete."""
+
+
+class DivergedError(OpdCacheError, ArithmeticError):
+    """A model's numbers are no longer finite; going on would publish a broken policy."""
+
+
+class TryAgainError(OpdCacheError):
+    """Nothing is wrong with the request; the same command may succeed later (full disk, busy server)."""
+
+    exit_status = 75

@@ -1,0 +1,275 @@
+"""Evaluating a policy or a teacher: held-out prompts go through the rollout and score stages into their own folder,
+so an evaluation can be inspected token by token like any episode; then the responses are graded."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opd_cache.config import ModelConfig, PromptsConfig
+from opd_cache.errors import ConfigError, MismatchError
+from opd_cache.evals.grade import extract, is_same_answer, pass_at_k
+from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
+from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prompts, take_in_prompts
+from opd_cache.rollout.samples import Sampler
+from opd_cache.rollout.stage import sample_shards
+from opd_cache.run import Run, eos_ids, load_tokenizer, stop_token_ids
+from opd_cache.run_dir import SCHEMA_VERSION, RolloutSet
+from opd_cache.schema import EVALS, arrow_schema
+from opd_cache.score.scores import Scorer
+from opd_cache.score.stage import score_rollouts
+from opd_cache.stage import write_note
+from opd_cache.store.join import join_stages, read_rollouts
+from opd_cache.store.plans import (
+    RolloutPlan,
+    SamplingPlan,
+    load_rollout_plan,
+    publish_rollout_plan,
+    rollout_shards,
+    score_shards,
+    stage_command,
+)
+from opd_cache.store.publish import digest_file, publish_json, read_json
+from opd_cache.store.shards import footer_of, open_parquet, publish_table, read_row_groups
+from opd_cache.types import Rollout
+
+log = logging.getLogger(__name__)
+GREEDY, SAMPLED = "greedy", "sampled"
+RESULTS, SUMMARY = "results.parquet", "summary.json"
+GRADING = ("answer_pattern", "reference_pattern", "n_samples_per_prompt", "greedy")  # keys of eval
+
+
+def evaluate_policy(run: Run, version: int, sampler: Sampler, teacher: str, scorer: Scorer) -> None:
+    """Evaluate the student after `version` episodes, reverse KL to the teacher included.
+
+    What is evaluated already is left alone. Raises MismatchError when that was another policy, or graded otherwise.
+    """
+    _evaluate(run, f"policy={version}", version, run.policy_config(version), sampler, teacher, scorer)
+
+
+def evaluate_teacher(run: Run, teacher: str, sampler: Sampler) -> None:
+    """Evaluate a teacher's own responses: the mark that the student should reach. The same rules hold."""
+    _evaluate(run, f"teacher={teacher}", -1, run.recipe.teachers[teacher], sampler, None, None)
+
+
+def _evaluate(
+    run: Run,
+    subject: str,
+    version: int,
+    model: ModelConfig,
+    sampler: Sampler,
+    teacher: str | None,
+    scorer: Scorer | None,
+) -> None:
+    _take_in_prompts(run)
+    folder = run.dir.evaluation(subject)
+    about = _about(run, subject, model)
+    if (folder / SUMMARY).exists():
+        _check_about(run, subject, folder / SUMMARY, read_json(folder / SUMMARY), about)
+        return
+    start = time.monotonic()
+    if not (folder / RESULTS).exists():
+        rows = _sampled_and_graded(run, subject, version, model, sampler, teacher, scorer)
+        _publish_results(run, folder, rows, about)
+    _publish_summary(run, subject, about)
+    seconds = round(time.monotonic() - start, 4)
+    write_note(run.dir.log_folder("eval", subject), "eval", {"stage": "eval", "subject": subject, "seconds": seconds})
+
+
+def _about(run: Run, subject: str, model: ModelConfig) -> dict[str, Any]:
+    """What the figures follow from, beside the sampled responses: whose they are and how they are graded."""
+    options = run.recipe.eval
+    return {
+        "subject": subject,
+        "policy": fingerprint_model(model_folder(model)),
+        "grading": {key: getattr(options, key) for key in GRADING},
+    }
+
+
+def _check_about(run: Run, subject: str, path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse an evaluation of another policy, or one that was graded otherwise. Raises MismatchError."""
+    folder = run.dir.evaluation(subject)
+    again = stage_command("eval", run.dir.evaluation_set(subject, SAMPLED))
+    if found.get("policy") != wanted["policy"]:
+        raise MismatchError(
+            f"{path}: the evaluation belongs to another policy: policy = {str(found.get('policy'))[:12]}, {subject} is now {wanted['policy'][:12]}. Move {folder} out of evals/ and run: {again}"
+        )
+    graded, now = found.get("grading", {}), wanted["grading"]
+    key = next((key for key in GRADING if graded.get(key) != now[key]), None)
+    if key is None:
+        return
+    # More or fewer samples are another sampling plan; all else is graded from the same sealed responses.
+    remedy = (
+        f"move {folder} out of evals/ to evaluate again"
+        if key == "n_samples_per_prompt"
+        else f"remove {folder / SUMMARY} and {folder / RESULTS} to grade the same responses again"
+    )
+    raise MismatchError(
+        f"{path}: graded with eval.{key} = {graded.get(key)!r}, the recipe says {now[key]!r}. Set it back, or {remedy} and run: {again}"
+    )
+
+
+def _sampled_and_graded(
+    run: Run,
+    subject: str,
+    version: int,
+    model: ModelConfig,
+    sampler: Sampler,
+    teacher: str | None,
+    scorer: Scorer | None,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    tokenizer = load_tokenizer(run.recipe.student)
+    for mode in (GREEDY, SAMPLED) if run.recipe.eval.greedy else (SAMPLED,):
+        target = run.dir.evaluation_set(subject, mode)
+        plan = _plan(run, subject, mode, version, model, sampler.dtype)
+        publish_rollout_plan(
+            target, plan, f"Set it back, or move {run.dir.evaluation(subject)} out of evals/ to evaluate again."
+        )
+        sample_shards(run, target, plan, run.dir.eval_prompts, sampler, lambda: sampler.load_policy(model))
+        if mode == SAMPLED and teacher is not None and scorer is not None:
+            score_rollouts(run, target, teacher, scorer, top_k=0)
+        rows += _graded(run, target, plan, subject, mode, teacher, tokenizer)
+    return rows
+
+
+def _take_in_prompts(run: Run) -> None:
+    options = run.recipe.eval
+    if options.path is None:
+        raise ConfigError("eval.path is not set; give held-out prompts, such as eval.path=heldout.jsonl.")
+    config: PromptsConfig = replace(run.recipe.prompts, path=options.path, split=options.split, limit=options.limit)
+    final = run.dir.eval_prompts
+    if not final.exists():
+        student = run.recipe.student
+        take_in_prompts(config, load_tokenizer(student), num_embeddings(model_folder(student)), final)
+    elif (found := prompts_config_of(final)) != asdict(config):
+        key = next(key for key, value in asdict(config).items() if found.get(key) != value)
+        raise MismatchError(
+            f"{final}: taken in with {key} = {found.get(key)!r}, the recipe says {asdict(config)[key]!r}. Set it back, or move the file and evals/ away to evaluate on other prompts."
+        )
+
+
+def _plan(run: Run, subject: str, mode: str, version: int, model: ModelConfig, dtype: str) -> RolloutPlan:
+    options, rollout = run.recipe.eval, run.recipe.rollout
+    stop = stop_token_ids(run.recipe, model_folder(run.recipe.student))
+    if version < 0:
+        # A teacher ends its responses with its own EOS, which may be none of the student's.
+        stop = sorted({*stop, *eos_ids(model_folder(model))})
+    greedy = mode == GREEDY
+    sampling = SamplingPlan(
+        0.0 if greedy else rollout.temperature,
+        1.0 if greedy else rollout.top_p,
+        None if greedy else rollout.top_k,
+        rollout.max_new_tokens,
+        stop,
+    )
+    return RolloutPlan(
+        run_id=run.run_id,
+        scope=f"{subject}-{mode}",
+        seed=run.recipe.seed,
+        policy_version=version,
+        policy=fingerprint_model(model_folder(model)),
+        sampler=rollout.sampler,
+        dtype=dtype,
+        prompts=digest_file(run.dir.eval_prompts),
+        prompt_indices=list(range(count_prompts(run.dir.eval_prompts))),
+        n_samples_per_prompt=1 if greedy else options.n_samples_per_prompt,
+        prompts_per_shard=options.prompts_per_shard,
+        sampling=sampling,
+    )
+
+
+def _graded(
+    run: Run, target: RolloutSet, plan: RolloutPlan, subject: str, mode: str, teacher: str | None, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    options = run.recipe.eval
+    answers = {
+        index: prompt.answer for index, prompt in read_prompts(run.dir.eval_prompts, plan.prompt_indices).items()
+    }
+    for rollout, reverse_kl in _rollouts_with_kl(target, plan, mode, teacher):
+        answer = answers[rollout.prompt_index]
+        expected = None if answer is None else extract(answer, options.reference_pattern)
+        found = extract(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), options.answer_pattern)
+        yield {
+            "subject": subject,
+            "policy_version": plan.policy_version if plan.policy_version >= 0 else None,
+            "mode": mode,
+            "prompt_index": rollout.prompt_index,
+            "sample_index": rollout.sample_index,
+            "correct": None if expected is None else is_same_answer(found, expected),
+            "response_answer": found,
+            "num_response_tokens": len(rollout.response_ids),
+            "finish_reason": rollout.finish_reason,
+            "reverse_kl_sum": reverse_kl,
+        }
+
+
+def _rollouts_with_kl(
+    target: RolloutSet, plan: RolloutPlan, mode: str, teacher: str | None
+) -> Iterator[tuple[Rollout, float | None]]:
+    """Every rollout with its summed student − teacher log-prob, where a teacher scored it."""
+    shards = rollout_shards(target, plan)
+    if mode == GREEDY or teacher is None:
+        for shard in range(plan.num_shards):
+            yield from ((rollout, None) for rollout in read_rollouts(shards, shard))
+        return
+    for rollout, score in join_stages(shards, score_shards(target, load_rollout_plan(target), teacher)):
+        student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
+        yield rollout, None if score.error is not None else float((student.astype("f8") - score.teacher_logprobs).sum())
+
+
+def _publish_results(run: Run, folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    schema = arrow_schema(EVALS)
+    publish_table(
+        folder / RESULTS,
+        schema,
+        lambda: [pa.RecordBatch.from_pylist(rows, schema=schema)],
+        {"stage": "eval", "run_id": run.run_id, **about},
+    )
+
+
+def _publish_summary(run: Run, subject: str, about: dict[str, Any]) -> None:
+    """Sum up the published results: ours, another process's, or those of a start that was killed before its summary."""
+    folder = run.dir.evaluation(subject)
+    with open_parquet(folder / RESULTS) as file:
+        _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
+    rows = [row for table in read_row_groups(folder / RESULTS) for row in table.to_pylist()]
+    summary = {"schema_version": SCHEMA_VERSION, **about, **summarize(rows)}
+    publish_json(
+        folder / SUMMARY, summary, f"the evaluation of {subject}", f"Move {folder} out of evals/ to evaluate again."
+    )
+    known = ((key, summary[key]) for key in ("greedy_accuracy", "sampled_accuracy", "reverse_kl"))
+    log.info("eval    %s | %s", subject, " | ".join(f"{key} {value:.4f}" for key, value in known if value is not None))
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies (None where no prompt has an answer), pass@k, and reverse KL a token on sampled responses."""
+    sampled = [row for row in rows if row["mode"] == SAMPLED]
+    by_prompt: dict[int, list[bool]] = defaultdict(list)
+    for row in sampled:
+        if row["correct"] is not None:
+            by_prompt[row["prompt_index"]].append(row["correct"])
+    scored = [row for row in sampled if row["reverse_kl_sum"] is not None]
+    scored_tokens = sum(row["num_response_tokens"] for row in scored)
+    samples = max((len(marks) for marks in by_prompt.values()), default=0)
+    counts = [sum(marks) for marks in by_prompt.values()]
+    return {
+        "greedy_accuracy": _share([row["correct"] for row in rows if row["mode"] == GREEDY]),
+        "sampled_accuracy": _share([row["correct"] for row in sampled]),
+        "pass_at_k": {str(k): pass_at_k(counts, samples, k) for k in range(1, samples + 1)},
+        "reverse_kl": sum(row["reverse_kl_sum"] for row in scored) / scored_tokens if scored_tokens else None,
+        "response_length": sum(row["num_response_tokens"] for row in sampled) / max(1, len(sampled)),
+        "truncated_share": sum(row["finish_reason"] == "length" for row in sampled) / max(1, len(sampled)),
+        "prompts": len({row["prompt_index"] for row in rows}),
+        "samples_per_prompt": samples,
+    }
+
+
+def _share(marks: list[bool | None]) -> float | None:
+    known = [mark for mark in marks if mark is not None]
+    return sum(known) / len(known) if known else None

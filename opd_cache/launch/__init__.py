@@ -1,0 +1,1 @@
+"""How the stages are started: in this process, or each as its own command."""

@@ -1,0 +1,1 @@
+"""The third stage: the student learns from the joined shards."""

@@ -1,0 +1,98 @@
+"""Folders with everything that learning needs to go on: a plain Hugging Face model and, in trainer/, the optimizer.
+
+An episode's last one is its policy/. The manifest _COMPLETE.json lists every file with its digest.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_cache.errors import CorruptShardError, MismatchError
+from opd_cache.fingerprint import fingerprint_model
+from opd_cache.run_dir import COMPLETE
+from opd_cache.store.publish import canonical_json, digest_file, publish_folder, read_json
+
+TRAINER = "trainer"
+STATE = "state.json"
+STEPS = "steps.parquet"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where learning stands."""
+
+    step: int  # optimizer steps of the whole run
+    cursor: int  # rollouts of this episode already learned, in planned order
+    steps: list[dict[str, Any]]  # metrics of this episode's steps so far
+
+
+def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path], None]) -> bool:
+    """Publish a checkpoint folder that `fill` writes; False when another process was first."""
+
+    def whole(folder: Path) -> None:
+        fill(folder)
+        files = {
+            str(path.relative_to(folder)): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+        content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
+        (folder / COMPLETE).write_bytes(canonical_json(content))
+
+    return publish_folder(final, whole)
+
+
+def write_state(folder: Path, state: TrainerState) -> None:
+    (folder / TRAINER).mkdir(exist_ok=True)
+    (folder / TRAINER / STATE).write_text(
+        json.dumps({"step": state.step, "cursor": state.cursor, "steps": state.steps})
+    )
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state in a checkpoint or policy of this run."""
+    return TrainerState(**read_json(folder / TRAINER / STATE))
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it. Raises CorruptShardError."""
+    manifest = read_json(folder / COMPLETE)
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or digest_file(path) != digest:
+            raise CorruptShardError(
+                f"{path}: {'changed' if path.is_file() else 'missing'} since the checkpoint was published. Move {folder} away and run the stage again."
+            )
+    return manifest
+
+
+def latest_checkpoint(learn_folder: Path, plan_digest: str) -> Path | None:
+    """The newest checkpoint inside an episode. Raises MismatchError when it belongs to another plan."""
+    found = sorted(folder for folder in learn_folder.glob("checkpoint-*") if (folder / COMPLETE).exists())
+    if not found:
+        return None
+    made_for = read_json(found[-1] / COMPLETE)["plan"]
+    if made_for != plan_digest:
+        raise MismatchError(
+            f"{found[-1]}: the checkpoint was made for another plan ({made_for[:12]}, now {plan_digest[:12]}). Move it away to start the episode's learning again."
+        )
+    return found[-1]
+
+
+def remove_checkpoints(learn_folder: Path, older_than: Path | None = None) -> None:
+    """Drop checkpoints that a later one, or the policy, has made useless."""
+    for folder in learn_folder.glob("checkpoint-*"):
+        if older_than is None or folder.name < older_than.name:
+            # The manifest goes first: what is half removed is no checkpoint any more.
+            (folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_model_files(source: Path, target: Path, existing: Sequence[str]) -> None:
+    """Copy what makes a model loadable beside its weights and is not there yet: tokenizer, templates, settings."""
+    for path in sorted(source.iterdir()):
+        skip = path.name == COMPLETE or path.name in existing or path.name.endswith(WEIGHT_SUFFIXES)
+        if path.is_file() and not skip:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,1 @@
+"""Engines: who runs forward, backward and optimizer."""

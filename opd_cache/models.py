@@ -1,0 +1,192 @@
+"""Loading causal language models, and running their body and their LM head apart.
+
+The head at every position is what fills memory ([tokens, vocabulary] in float32); so the body gives hidden states and
+the head runs only at the positions that predict a response token.
+"""
+
+# B sequences, T positions, N response tokens of a batch, H hidden size, V vocabulary
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from opd_cache.config import ModelConfig
+from opd_cache.errors import ConfigError, ModelError
+from opd_cache.fingerprint import model_folder
+
+# Share of the largest logit. Both ways run the same kernels; what differs is the rounding of another batch shape.
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto → the GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device = {name!r} is no torch device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device = {name!r}, but torch sees no GPU. Use device=auto or cpu.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto → bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def dtype_name(config: ModelConfig) -> str:
+    """The dtype that a model will compute in: float32, bfloat16 or float16."""
+    return str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch.")
+
+
+def padded(
+    sequences: Sequence[np.ndarray], side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), both int64 [B, T], of token ids of different lengths."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = np.zeros((len(sequences), width), dtype=np.int64)
+    mask = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        place = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = sequence
+        mask[row, place] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+@contextlib.contextmanager
+def explained_memory_errors(key: str, value: int) -> Iterator[None]:
+    """Turn a GPU that is out of memory into one line that names the key to lower. Raises ConfigError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of GPU memory with {key} = {value}; lower it. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+class LanguageModel:
+    """A causal LM as a body and a head: `hidden` gives [B, T, H], `logits` gives float32 [N, V] of chosen rows."""
+
+    def __init__(self, module: Any, source: str) -> None:
+        self.module = module
+        self.source = source
+        self.body: Any = self.module.base_model
+        head = self.module.get_output_embeddings()
+        if head is None or self.body is self.module:
+            raise ModelError(
+                f"{source}: a {type(module).__name__} has no language-model head; expected a causal language model."
+            )
+        self.head: Any = head
+        config = self.module.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocab_size: int = head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, **options: Any) -> Tensor:
+        """Last hidden states [B, T, H]."""
+        return self.body(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **options
+        ).last_hidden_state
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Next-token logits [N, V] in float32 of hidden states [N, H]."""
+        logits_NV = self.head(hidden_NH).float()
+        if self.logit_scale != 1:
+            logits_NV = logits_NV * self.logit_scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def check_split(self) -> None:
+        """Refuse an architecture whose logits are not head(body): what we compute must be what it means."""
+        ids = torch.arange(2, 10, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            whole = self.module(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+            split = self.logits(self.hidden(ids, mask)[0])
+        difference = (whole - split).abs().max().item()
+        if not difference <= PROBE_TOLERANCE[self.dtype] * max(1.0, whole.abs().max().item()):
+            raise ModelError(
+                f"{self.source}: a {type(self.module).__name__} changes its logits after the LM head (by up to {difference:.3g}) in a way that opd-cache does not know; its log-probs would be wrong."
+            )
+
+
+def load_model(config: ModelConfig, role: str) -> LanguageModel:
+    """Load a model in eval mode, dropout off. Raises ModelError.
+
+    role: "student" or "teacher", for the message.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # our own progress says what is being done
+    folder = model_folder(config)
+    device = resolve_device(config.device)
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(config.dtype, device),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        module = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model = LanguageModel(module.to(device).eval(), config.model)
+    model.check_split()
+    return model
+
+
+def load_weights_into(model: LanguageModel, folder: Path) -> bool:
+    """Replace a warm model's weights by those of a folder; False when the files do not fit it name by name.
+
+    A tied head has no entry of its own; it shares the embedding's tensor and so follows it.
+    """
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state.update(load_file(path))
+    own = dict(model.module.state_dict(keep_vars=True))
+    covered = {own[name].data_ptr() for name in state if name in own}
+    if any(name not in own or own[name].shape != tensor.shape for name, tensor in state.items()):
+        return False
+    if any(tensor.data_ptr() not in covered for tensor in own.values()):
+        return False
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return True
+
+
+def set_torch_threads(threads: int | None) -> None:
+    """Fix torch's CPU threads: the order of float sums, and so the last bits, depends on them."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def token_row_chunk(vocab_size: int, budget_bytes: int = 64 << 20) -> int:
+    """Rows of float32 logits that fit the budget: how many response tokens pass the LM head at once."""
+    return max(16, budget_bytes // (4 * vocab_size))

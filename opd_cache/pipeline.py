@@ -1,0 +1,87 @@
+"""The order of a whole run: baseline evaluation, then rollout → score → learn for every episode, and its evaluation.
+
+What is there already is skipped; the files decide, so the same command continues a run that was killed anywhere.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from opd_cache.run import Run
+
+# Runs one stage of one episode to its end. For "eval" the number is the policy version.
+Execute = Callable[[str, int], None]
+
+
+def run_episodes(run: Run, execute: Execute) -> None:
+    """All stages of all episodes of the recipe."""
+    if run.recipe.eval.path is not None:
+        execute("eval", 0)
+    for episode in range(run.recipe.num_episodes):
+        if not run.is_learned(episode):
+            for stage in ("rollout", "score", "learn"):
+                execute(stage, episode)
+        if run.eval_is_due(episode + 1):
+            execute("eval", episode + 1)
+
+
+class InlineStages:
+    """Runs stages in this process and keeps their models warm from one episode to the next.
+
+    Each part is made when a stage first needs it: learning needs neither the sampler's nor the scorer's packages.
+    """
+
+    def __init__(self, run: Run) -> None:
+        from opd_cache.models import set_torch_threads
+
+        set_torch_threads(run.recipe.torch_threads)
+        self.run = run
+        self.scorers: dict[str, Any] = {}
+
+    def __call__(self, stage: str, number: int) -> None:
+        getattr(self, stage)(number)
+
+    @cached_property
+    def sampler(self) -> Any:
+        from opd_cache.rollout.stage import new_sampler
+
+        return new_sampler(self.run, self.run.recipe.student)
+
+    @cached_property
+    def engine(self) -> Any:
+        from opd_cache.learn.stage import new_engine
+
+        return new_engine(self.run)
+
+    def scorer(self, teacher: str) -> Any:
+        from opd_cache.score.stage import new_scorer
+
+        if teacher not in self.scorers:
+            self.scorers[teacher] = new_scorer(self.run, teacher)
+        return self.scorers[teacher]
+
+    def rollout(self, episode: int, **share: Any) -> bool:
+        from opd_cache.rollout.stage import rollout_episode
+
+        return rollout_episode(self.run, episode, self.sampler, **share)
+
+    def score(self, episode: int, **share: Any) -> bool:
+        from opd_cache.score.stage import score_episode, teachers_to_score
+
+        names = teachers_to_score(self.run)
+        sealed = [score_episode(self.run, episode, name, self.scorer(name), **share) for name in names]
+        return all(sealed)
+
+    def learn(self, episode: int) -> bool:
+        from opd_cache.learn.stage import learn_episode
+
+        return learn_episode(self.run, episode, self.engine)
+
+    def eval(self, version: int) -> None:
+        from opd_cache.evals.stage import evaluate_policy, evaluate_teacher
+        from opd_cache.rollout.stage import new_sampler
+
+        teacher = self.run.recipe.learning_teacher()
+        if self.run.recipe.eval.teacher:
+            evaluate_teacher(self.run, teacher, new_sampler(self.run, self.run.recipe.teachers[teacher]))
+        evaluate_policy(self.run, version, self.sampler, teacher, self.scorer(teacher))

@@ -1,0 +1,1 @@
+"""Prompts: read from anywhere, tokenized once, published in the run directory."""

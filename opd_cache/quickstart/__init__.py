@@ -1,0 +1,1 @@
+"""A task that needs no download: small real models and prompts with verifiable answers."""

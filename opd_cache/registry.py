@@ -1,0 +1,39 @@
+"""The parts that a recipe can swap, by name. A recipe may also give `my_package.module:Name` for a part of its own.
+
+Literal tables, so that the names can be listed and checked without importing torch or vllm.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from opd_cache.errors import ConfigError
+
+SAMPLERS = {"hf": "opd_cache.rollout.samplers.hf:HFSampler"}
+SCORERS = {"hf": "opd_cache.score.scorers.hf:HFScorer"}
+LOSSES = {
+    "reverse_kl_pg": "opd_cache.learn.losses:REVERSE_KL_PG",
+    "reverse_kl_topk": "opd_cache.learn.losses:REVERSE_KL_TOPK",
+    "forward_kl_topk": "opd_cache.learn.losses:FORWARD_KL_TOPK",
+}
+ENGINES = {"torch": "opd_cache.learn.engines.torch:TorchEngine"}
+TASKS = {"sort_letters": "opd_cache.quickstart.sort_letters:make_task"}
+
+
+def check_name(table: dict[str, str], name: str, key: str) -> None:
+    """Refuse a name that is neither in the table nor of the form `module:Name`."""
+    if name not in table and ":" not in name:
+        known = ", ".join(sorted(table))
+        raise ConfigError(f"{key} = {name!r} is unknown. Known: {known}, or your own as 'module:Name'.")
+
+
+def load(table: dict[str, str], name: str, key: str) -> Any:
+    """The object behind a name; ConfigError when its module or attribute does not exist."""
+    check_name(table, name, key)
+    module_name, _, attribute = table.get(name, name).partition(":")
+    if name not in table and "" not in sys.path:
+        sys.path.insert(0, "")  # modules in the working directory, as `python -m` finds them
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key} = {name!r} cannot be loaded: {error}.") from error

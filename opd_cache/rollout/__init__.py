@@ -1,0 +1,1 @@
+"""The first stage: the student samples responses."""

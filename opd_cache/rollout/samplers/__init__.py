@@ -1,0 +1,1 @@
+"""Samplers: one class a backend."""

@@ -1,0 +1,125 @@
+"""The rollout stage: for every missing shard, sample the responses of its prompts and publish them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from opd_cache import registry
+from opd_cache.config import ModelConfig
+from opd_cache.errors import StoreError
+from opd_cache.logs import StageProgress
+from opd_cache.prompts.intake import count_prompts, read_prompts
+from opd_cache.rollout.plan import plan_episode
+from opd_cache.rollout.samples import Sample, Sampler, SampleRequest
+from opd_cache.run import Run, stop_token_ids
+from opd_cache.run_dir import RolloutSet
+from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.store.join import rollout_fault
+from opd_cache.store.plans import RolloutPlan, load_rollout_plan, publish_rollout_plan, rollout_shards
+from opd_cache.store.rows import ROWS_PER_GROUP, group_sizes, rollout_batch
+from opd_cache.store.shards import ShardSet
+from opd_cache.types import Prompt, Rollout, derive_seed
+
+
+def new_sampler(run: Run, model: ModelConfig) -> Sampler:
+    """The recipe's sampler for models like this one, without weights yet."""
+    options = run.recipe.rollout
+    return registry.load(registry.SAMPLERS, options.sampler, "rollout.sampler")(model, options)
+
+
+def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVERYTHING) -> bool:
+    """Sample an episode's missing shards; True when the stage is sealed.
+
+    Raises MissingInputError when the policy is not there yet, MismatchError when the recipe no longer says what the
+    episode was planned with.
+    """
+    target = run.dir.episode(episode)
+    if target.plan.exists():
+        shards = rollout_shards(target, load_rollout_plan(target))
+        if shards.is_sealed():
+            share.check(shards)
+            return True
+    folder = run.policy_folder(episode)
+    plan = plan_episode(
+        run.recipe,
+        run.run_id,
+        episode,
+        run.policy_fingerprint(episode),
+        sampler.dtype,
+        run.prompts_digest,
+        count_prompts(run.dir.prompts),
+        stop_token_ids(run.recipe, folder),
+    )
+    publish_rollout_plan(target, plan, f"Set it back, or move {target.path} away to sample the episode again.")
+    return sample_shards(
+        run, target, plan, run.dir.prompts, sampler, lambda: sampler.load_policy(run.policy_config(episode)), share
+    )
+
+
+def sample_shards(
+    run: Run,
+    target: RolloutSet,
+    plan: RolloutPlan,
+    prompts_path: Path,
+    sampler: Sampler,
+    load: Callable[[], None],
+    share: Share = EVERYTHING,
+) -> bool:
+    """Make the missing rollout shards of a plan. `load` gives the sampler its weights and is called only when needed."""
+    shards = rollout_shards(target, plan)
+    if share.of(shards.missing()):
+        load()
+
+    def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
+        rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress)
+        return _row_groups(rollouts, plan, shards)
+
+    return make_shards("rollout", run.dir, target, plan, shards, share, make, {"engine": sampler.engine})
+
+
+def _sample_shard(
+    plan: RolloutPlan, shard: int, prompts_path: Path, sampler: Sampler, progress: StageProgress
+) -> list[Rollout]:
+    indices = plan.shard_prompts(shard)
+    prompts = read_prompts(prompts_path, indices)
+    order = [(prompts[index], sample) for index in indices for sample in range(plan.n_samples_per_prompt)]
+    requests = [
+        SampleRequest(key, prompt.prompt_ids, derive_seed(plan.seed, plan.scope, prompt.prompt_index, sample))
+        for key, (prompt, sample) in enumerate(order)
+    ]
+    rollouts: dict[int, Rollout] = {}
+    for sampled in sampler.sample(requests, plan.sampling):
+        rollout = _rollout(plan, *order[sampled.key], sampled)
+        if fault := rollout_fault(rollout):
+            raise StoreError(
+                f"the sampler ({sampler.engine}) made {rollout.rollout_id}: {fault}; nothing was published."
+            )
+        rollouts[sampled.key] = rollout
+        progress.advance(1, len(sampled.response_ids))
+    if len(rollouts) != len(order):
+        raise StoreError(
+            f"the sampler ({sampler.engine}) gave {len(rollouts)} responses for {len(order)} requests; nothing was published."
+        )
+    return [rollouts[key] for key in range(len(order))]
+
+
+def _rollout(plan: RolloutPlan, prompt: Prompt, sample_index: int, sampled: Sample) -> Rollout:
+    return Rollout(
+        rollout_id=f"{plan.scope}/{prompt.prompt_index}/{sample_index}",
+        prompt_index=prompt.prompt_index,
+        sample_index=sample_index,
+        prompt_ids=prompt.prompt_ids,
+        response_ids=sampled.response_ids,
+        sampling_logprobs=sampled.sampling_logprobs,
+        raw_logprobs=sampled.raw_logprobs,
+        finish_reason=sampled.finish_reason,
+        policy_version=plan.policy_version,
+    )
+
+
+def _row_groups(rollouts: list[Rollout], plan: RolloutPlan, shards: ShardSet) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for size in group_sizes(len(rollouts), plan.n_samples_per_prompt, ROWS_PER_GROUP):
+        yield rollout_batch(rollouts[start : start + size], shards.schema)
+        start += size

@@ -1,0 +1,244 @@
+"""A run: its recipe, its directory and its identity. Opening one takes the prompts in and publishes run.json, once."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opd_cache import registry
+from opd_cache.config import ModelConfig, Recipe
+from opd_cache.errors import ConfigError, CorruptShardError, MismatchError, MissingInputError, ModelError
+from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
+from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
+from opd_cache.run_dir import COMPLETE, SCHEMA_VERSION, RunDir
+from opd_cache.schema import VOCAB, arrow_schema
+from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
+from opd_cache.store.shards import publish_table, read_row_groups
+
+log = logging.getLogger(__name__)
+IDENTITY = ("schema_version", "run_id", "seed", "student", "prompts")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run."""
+
+    recipe: Recipe
+    dir: RunDir
+    run_id: str
+    prompts_digest: str
+    student_fingerprint: str
+
+    def policy_folder(self, version: int) -> Path:
+        """The student after `version` episodes. Raises MissingInputError when that episode has not been learned."""
+        if version == 0:
+            return model_folder(self.recipe.student)
+        folder = self.dir.policy_after(version - 1)
+        if not (folder / COMPLETE).exists():
+            raise MissingInputError(
+                f"{folder}: policy version {version} is not there. Run: opd-cache learn RECIPE --episode {version - 1}"
+            )
+        return folder
+
+    def policy_config(self, version: int) -> ModelConfig:
+        """How to load that policy: like the student, from its own folder."""
+        return ModelConfig(
+            **{**asdict(self.recipe.student), "model": str(self.policy_folder(version)), "revision": None}
+        )
+
+    def has_policy(self, version: int) -> bool:
+        return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
+
+    def policy_fingerprint(self, version: int) -> str:
+        """Which weights that policy has."""
+        if version == 0:
+            return self.student_fingerprint
+        return str(read_json(self.policy_folder(version) / COMPLETE)["fingerprint"])
+
+    def is_learned(self, episode: int) -> bool:
+        """Whether the episode's policy and its metrics are there. Raises MismatchError when it was trained from another
+        policy than the one that is there now."""
+        if not self.has_policy(episode + 1):
+            return False
+        folder = self.dir.policy_after(episode)
+        parent, now = read_json(folder / COMPLETE)["parent"], self.policy_fingerprint(episode)
+        if parent != now:
+            raise MismatchError(
+                f"{folder}: trained from policy {parent[:12]}, but policy version {episode} is now {now[:12]}. Move {folder.parent} and all later episodes away and run again."
+            )
+        return self.dir.steps(episode).exists()
+
+    def eval_is_due(self, version: int) -> bool:
+        """Whether the recipe wants this policy evaluated."""
+        recipe = self.recipe
+        return recipe.eval.path is not None and (
+            version % recipe.eval.every_episodes == 0 or version == recipe.num_episodes
+        )
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Open the recipe's run directory, making it on first use.
+
+    Raises MismatchError when the directory belongs to another run, PromptError and ModelError on bad input; a
+    directory that could not be made leaves nothing behind.
+    """
+    if recipe.task.name is not None:
+        registry.load(registry.TASKS, recipe.task.name, "task.name")(
+            Path(recipe.task.dir), recipe.task.seed, recipe.torch_threads
+        )
+    run = RunDir(Path(recipe.run_dir))
+    if not run.run_json.exists():
+        with _removed_when_empty(run.path):
+            _make(recipe, run)
+    found = read_json(run.run_json)
+    if found.get("schema_version") != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{run.run_json}: schema version {found.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
+        )
+    wanted = {"seed": recipe.seed, "prompts": asdict(recipe.prompts)}
+    recorded = {"seed": found["seed"], "prompts": found["prompts"]["config"]}
+    student = found["student"]
+    if (fingerprint := fingerprint_model(model_folder(recipe.student))) != student["fingerprint"]:
+        wanted["student"] = {**_student_source(recipe), "weights": fingerprint[:12]}
+        recorded["student"] = {**student["source"], "weights": student["fingerprint"][:12]}
+    for key, value in wanted.items():
+        if value != recorded[key]:
+            raise MismatchError(
+                f"{run.run_json}: the run was made with {_difference(key, recorded[key], value)}. Set it back, or choose another run_dir."
+            )
+    if digest_file(run.prompts) != found["prompts"]["sha256"]:
+        raise CorruptShardError(
+            f"{run.prompts}: changed since the run was made. Put it back, or choose another run_dir."
+        )
+    return Run(recipe, run, found["run_id"], found["prompts"]["sha256"], student["fingerprint"])
+
+
+def _difference(key: str, recorded: Any, wanted: Any) -> str:
+    if isinstance(recorded, dict):
+        name = next(name for name in {**recorded, **wanted} if recorded.get(name) != wanted.get(name))
+        return f"{key}.{name} = {recorded.get(name)!r}, the recipe says {wanted.get(name)!r}"
+    return f"{key} = {recorded!r}, the recipe says {wanted!r}"
+
+
+def _student_source(recipe: Recipe) -> dict[str, Any]:
+    return {"model": recipe.student.model, "revision": recipe.student.revision}
+
+
+@contextlib.contextmanager
+def _removed_when_empty(folder: Path) -> Iterator[None]:
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _make(recipe: Recipe, run: RunDir) -> None:
+    student = model_folder(recipe.student)
+    tokenizer = load_tokenizer(recipe.student)
+    table = token_table(tokenizer)
+    fingerprint = fingerprint_model(student)
+    for name, teacher in recipe.teachers.items():
+        check_same_vocabulary(table, teacher, name)
+    # Either file may be there from a start that was cut short, then perhaps with other settings.
+    if not run.prompts.exists():
+        take_in_prompts(recipe.prompts, tokenizer, num_embeddings(student), run.prompts)
+    elif prompts_config_of(run.prompts) != asdict(recipe.prompts):
+        raise _left_over(run.prompts, "other prompts settings")
+    if not run.vocab.exists():
+        _publish_vocab(run.vocab, tokenizer, table)
+    elif read_vocabulary(run) != table:
+        raise _left_over(run.vocab, "another tokenizer")
+    tokens = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:32]
+    prompts = digest_file(run.prompts)
+    identity = [SCHEMA_VERSION, recipe.seed, fingerprint, tokens, prompts]
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "seed": recipe.seed,
+        "student": {"source": _student_source(recipe), "fingerprint": fingerprint, "tokenizer": tokens},
+        "prompts": {"config": asdict(recipe.prompts), "sha256": prompts},
+        "recipe": recipe.to_dict(),
+    }
+    make_folder(run.path)
+    publish_json(run.run_json, content, "the run", "Choose another run_dir.", compare=IDENTITY)
+
+
+def _left_over(path: Path, made_with: str) -> MismatchError:
+    return MismatchError(
+        f"{path}: left with {made_with} by a start that was cut short (there is no run.json). Remove {path.parent}, or choose another run_dir."
+    )
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    folder = model_folder(config)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({str(error).strip().splitlines()[0]}).") from error
+
+
+def token_table(tokenizer: Any) -> list[str]:
+    """Token name by id; ids without a token are empty strings."""
+    table = [""] * len(tokenizer)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id >= len(table):
+            table.extend([""] * (token_id + 1 - len(table)))
+        table[token_id] = token
+    return table
+
+
+def check_same_vocabulary(student: list[str], teacher: ModelConfig, name: str) -> None:
+    """Compare id → token tables. A teacher that has more ids than the student is fine. Raises ModelError."""
+    table = token_table(load_tokenizer(teacher))
+    for token_id, (ours, theirs) in enumerate(zip(student, table, strict=False)):
+        if ours != theirs:
+            raise ModelError(
+                f"teacher {name!r} has another vocabulary than the student: id {token_id} is {theirs!r}, the student's is {ours!r}. Log-probs of token ids would mean nothing; use a teacher with the same tokenizer."
+            )
+    if len(table) < len(student):
+        raise ModelError(
+            f"teacher {name!r} has another vocabulary than the student: {len(table)} tokens, the student has {len(student)}; the first one it lacks is {student[len(table)]!r}."
+        )
+
+
+def _publish_vocab(final: Path, tokenizer: Any, table: list[str]) -> None:
+    texts = [tokenizer.convert_tokens_to_string([token]) if token else "" for token in table]
+    schema = arrow_schema(VOCAB)
+    arrays = [pa.array(range(len(table)), pa.int32()), pa.array(table, pa.string()), pa.array(texts, pa.string())]
+    publish_table(final, schema, lambda: [pa.RecordBatch.from_arrays(arrays, schema=schema)], {"stage": "vocab"})
+
+
+def read_vocabulary(run: RunDir) -> list[str]:
+    """The student's id → token table, as taken in."""
+    return [token for table in read_row_groups(run.vocab, ["token"]) for token in table["token"].to_pylist()]
+
+
+def stop_token_ids(recipe: Recipe, folder: Path) -> list[int]:
+    """The ids that end a response: the recipe's, else the student's EOS ids. Raises ConfigError when there is none."""
+    ids = recipe.rollout.stop_token_ids or eos_ids(folder)
+    if not ids:
+        raise ConfigError(f"{folder}: the model names no eos_token_id. Set rollout.stop_token_ids=[ID, ...].")
+    return sorted(ids)
+
+
+def eos_ids(folder: Path) -> list[int]:
+    """EOS ids that a model's own files name: generation_config.json first, then config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            return [value] if isinstance(value, int) else list(value)
+    return []

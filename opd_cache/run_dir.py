@@ -1,0 +1,104 @@
+"""Every name in a run directory. No other module spells one out; nothing here reads or writes.
+
+RUN/
+  run.json  prompts.parquet  eval_prompts.parquet  vocab.parquet
+  episode=3/            unpadded, so that `where episode = 3` matches the hive partition
+    plan.json           rollouts/   scores/teacher=main/   learn/   policy/
+  evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
+  evals/policy=4/results.parquet  summary.json
+  logs/rollout/episode=3/
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEMA_VERSION = 1  # of the names, columns and JSON files of a run directory
+
+EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
+SEAL = "_SEALED.json"
+COMPLETE = "_COMPLETE.json"
+PLAN = "plan.json"
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """File name of one shard: shard-00012-of-00064.parquet."""
+    return f"shard-{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class RolloutSet:
+    """The folder of one plan with the rollouts and the scores made from it: an episode, or one evaluation."""
+
+    path: Path
+    label: str  # for people: "episode 3"
+    log_name: str  # folder under logs/STAGE
+
+    @property
+    def plan(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    def scores(self, teacher: str) -> Path:
+        return self.path / "scores" / f"teacher={teacher}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.parquet"
+
+    @property
+    def eval_prompts(self) -> Path:
+        return self.path / "eval_prompts.parquet"
+
+    @property
+    def vocab(self) -> Path:
+        return self.path / "vocab.parquet"
+
+    def episode(self, episode: int) -> RolloutSet:
+        name = f"episode={episode}"
+        return RolloutSet(self.path / name, f"episode {episode}", name)
+
+    def learn(self, episode: int) -> Path:
+        return self.path / f"episode={episode}" / "learn"
+
+    def steps(self, episode: int) -> Path:
+        return self.learn(episode) / "steps.parquet"
+
+    def checkpoint(self, episode: int, step: int) -> Path:
+        """State inside an episode, `step` optimizer steps after its start."""
+        return self.learn(episode) / f"checkpoint-{step:06d}"
+
+    def policy_after(self, episode: int) -> Path:
+        """The student after this episode: policy version episode + 1."""
+        return self.path / f"episode={episode}" / "policy"
+
+    def evaluation(self, subject: str) -> Path:
+        """Folder of the evaluations of `policy=N` or `teacher=NAME`."""
+        return self.path / "evals" / subject
+
+    def evaluation_set(self, subject: str, mode: str) -> RolloutSet:
+        return RolloutSet(self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}", f"eval-{subject}-{mode}")
+
+    def log_folder(self, stage: str, log_name: str) -> Path:
+        return self.path / "logs" / stage / log_name
+
+    def episodes(self) -> list[int]:
+        """Numbers of the episodes that have a folder, in order."""
+        if not self.path.is_dir():
+            return []
+        matches = (EPISODE_FOLDER.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)

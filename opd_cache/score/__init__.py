@@ -1,0 +1,1 @@
+"""The second stage: a teacher gives its log-prob of every sampled token."""

@@ -1,0 +1,141 @@
+"""The score stage: for every missing shard, give each rollout its teacher's log-probs and publish them beside it."""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+import pyarrow as pa
+
+from opd_cache import registry
+from opd_cache.errors import MissingInputError, StoreError
+from opd_cache.fingerprint import fingerprint_model, model_folder
+from opd_cache.logs import StageProgress
+from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
+from opd_cache.run_dir import RolloutSet
+from opd_cache.score.scores import Scorer
+from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.store.join import read_rollouts, score_fault
+from opd_cache.store.plans import (
+    RolloutPlan,
+    load_rollout_plan,
+    publish_score_plan,
+    rollout_shards,
+    score_shards,
+    stage_command,
+)
+from opd_cache.store.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_TOPK, group_sizes, score_batch
+from opd_cache.store.shards import ShardSet
+from opd_cache.types import Rollout, Score
+
+log = logging.getLogger(__name__)
+
+
+def new_scorer(run: Run, teacher: str) -> Scorer:
+    """The scorer of one of the recipe's teachers, without a model yet."""
+    config = run.recipe.teachers[teacher]
+    name = config.scorer or run.recipe.score.scorer
+    return registry.load(registry.SCORERS, name, "score.scorer")(config, run.recipe.score)
+
+
+def teachers_to_score(run: Run) -> list[str]:
+    """The teachers that the recipe wants scores of."""
+    chosen = run.recipe.score.teacher
+    return [chosen] if chosen is not None else list(run.recipe.teachers)
+
+
+def score_episode(run: Run, episode: int, teacher: str, scorer: Scorer, share: Share = EVERYTHING) -> bool:
+    """Score an episode's missing shards with one teacher; True when the stage is sealed.
+
+    Raises MissingInputError when the rollouts are not complete, MismatchError when the teacher was asked for
+    something else before, ModelError when its vocabulary is another.
+    """
+    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, run.recipe.score.top_k, share)
+
+
+def score_rollouts(
+    run: Run, target: RolloutSet, teacher: str, scorer: Scorer, top_k: int, share: Share = EVERYTHING
+) -> bool:
+    """Make the missing score shards of one plan's rollouts."""
+    if not target.plan.exists():
+        raise MissingInputError(f"{target.path}: no rollouts yet. Run: {stage_command('rollout', target)}")
+    plan = load_rollout_plan(target)
+    rollouts = rollout_shards(target, plan)
+    config = run.recipe.teachers[teacher]
+    folder = model_folder(config)
+    facts = {
+        "teacher": teacher,
+        "teacher_fingerprint": fingerprint_model(folder),
+        "scorer": config.scorer or run.recipe.score.scorer,
+        "dtype": scorer.dtype,
+        "top_k": top_k,
+        "rollouts": rollouts.open_seal(),
+    }
+    publish_score_plan(target, plan, facts)
+    scores = score_shards(target, plan, teacher)
+    if share.of(scores.missing()):
+        check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
+        _warn_of_other_eos(run, plan, teacher)
+        scorer.load()
+
+    def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
+        return _score_shard(plan, rollouts, scores, shard, scorer, top_k, progress)
+
+    return make_shards(
+        "score",
+        run.dir,
+        target,
+        plan,
+        scores,
+        share,
+        make,
+        {"engine": scorer.engine, "dtype": scorer.dtype, "teacher": teacher},
+    )
+
+
+def _warn_of_other_eos(run: Run, plan: RolloutPlan, teacher: str) -> None:
+    theirs = eos_ids(model_folder(run.recipe.teachers[teacher]))
+    if theirs and not set(theirs) & set(plan.sampling.stop_token_ids):
+        log.warning(
+            "score   teacher %s ends its responses with token %s, the student with %s: the teacher will find the student's EOS unlikely. Set rollout.stop_token_ids where they mean the same.",
+            teacher,
+            theirs,
+            plan.sampling.stop_token_ids,
+        )
+
+
+def _score_shard(
+    plan: RolloutPlan,
+    rollouts: ShardSet,
+    scores: ShardSet,
+    shard: int,
+    scorer: Scorer,
+    top_k: int,
+    progress: StageProgress,
+) -> Iterator[pa.RecordBatch]:
+    """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts."""
+    limit = ROWS_PER_GROUP_TOPK if top_k else ROWS_PER_GROUP
+    reader = read_rollouts(rollouts, shard)
+    for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
+        scored = _score_window(list(islice(reader, window)), window, scorer, top_k, progress)
+        start = 0
+        for size in group_sizes(window, plan.n_samples_per_prompt, limit):
+            yield score_batch(scored[start : start + size], scores.schema)
+            start += size
+
+
+def _score_window(
+    rows: list[Rollout], expected: int, scorer: Scorer, top_k: int, progress: StageProgress
+) -> list[Score]:
+    by_index: dict[int, Score] = {}
+    for index, score in scorer.score(rows, top_k):
+        if fault := score_fault(rows[index], score, top_k):
+            raise StoreError(
+                f"the scorer ({scorer.engine}, {scorer.dtype}) gave {score.rollout_id}: {fault}; nothing was published."
+            )
+        by_index[index] = score
+        progress.advance(1, len(score.teacher_logprobs))
+    if len(by_index) != expected:
+        raise StoreError(
+            f"{len(rows)} rollouts were read and {len(by_index)} scored ({scorer.engine}), expected {expected}; nothing was published."
+        )
+    return [by_index[index] for index in range(expected)]

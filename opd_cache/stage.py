@@ -1,0 +1,114 @@
+"""The life of a shard, the same for every stage: take one's share of the missing, make, publish, note, seal."""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opd_cache.errors import ConfigError
+from opd_cache.logs import StageProgress, short
+from opd_cache.run_dir import RolloutSet, RunDir
+from opd_cache.store.plans import RolloutPlan
+from opd_cache.store.publish import explained_disk_errors, make_folder, temporary_beside
+from opd_cache.store.shards import ShardSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which missing shards this process makes: those with index % num_tasks == task, or one by number."""
+
+    task: int = 0
+    num_tasks: int = 1
+    shard: int | None = None
+
+    def of(self, missing: list[int]) -> list[int]:
+        if self.shard is not None:
+            return [shard for shard in missing if shard == self.shard]
+        return [shard for shard in missing if shard % self.num_tasks == self.task]
+
+    def check(self, shards: ShardSet) -> None:
+        """Raises ConfigError when the one shard asked for is none of the plan's."""
+        if self.shard is not None and self.shard >= shards.num_shards:
+            raise ConfigError(
+                f"--shard {self.shard}: {shards.folder} has {shards.num_shards} shards, numbered from 0. Run: {shards.remedy} --shard {shards.num_shards - 1}"
+            )
+
+
+EVERYTHING = Share()
+MakeBatches = Callable[[int, StageProgress], Iterable[pa.RecordBatch]]
+
+
+def make_shards(
+    stage: str,
+    run: RunDir,
+    target: RolloutSet,
+    plan: RolloutPlan,
+    shards: ShardSet,
+    share: Share,
+    make: MakeBatches,
+    facts: dict[str, Any],
+) -> bool:
+    """Make this process's share of the missing shards and seal the stage when all are there; True when sealed.
+
+    `make(shard, progress)` yields a shard's record batches. `facts` (engine, dtype, ...) go into the shard's log.
+    Raises ConfigError when the share is a shard that the plan does not have.
+    """
+    share.check(shards)
+    todo = share.of(shards.missing())
+    total = sum(plan.shard_rollouts(shard) for shard in todo)
+    with StageProgress(stage, target.label, total) as progress:
+        for shard in todo:
+            if shards.path(shard).exists():
+                progress.advance(plan.shard_rollouts(shard), 0)
+                log.info(
+                    "%-7s %s shard %d/%d | made by another process", stage, target.label, shard + 1, shards.num_shards
+                )
+                continue
+            start, tokens_before = time.monotonic(), progress.tokens
+            won = shards.publish(shard, lambda shard=shard: make(shard, progress))  # type: ignore[misc]
+            seconds, tokens = time.monotonic() - start, progress.tokens - tokens_before
+            rows = plan.shard_rollouts(shard)
+            note = {
+                "stage": stage,
+                "shard": shard,
+                "rows": rows,
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "published": won,
+                **facts,
+            }
+            write_note(run.log_folder(stage, target.log_name), f"shard-{shard:05d}", note)
+            log.info(
+                "%-7s %s shard %d/%d | %d rollouts | %s tokens | %s tok/s | %.1f s%s",
+                stage,
+                target.label,
+                shard + 1,
+                shards.num_shards,
+                rows,
+                short(tokens),
+                short(tokens / max(seconds, 1e-9)),
+                seconds,
+                "" if won else " | another process was first",
+            )
+    return shards.seal()
+
+
+def write_note(folder: Path, name: str, note: dict[str, Any]) -> None:
+    """Keep what a piece of work took, beside the data: seconds, host, engine. Later attempts replace it."""
+    final = folder / f"{name}.json"
+    with explained_disk_errors(final):
+        make_folder(folder)
+        temporary = temporary_beside(final)
+        temporary.write_text(json.dumps(note) + "\n")
+        os.replace(temporary, final)

@@ -1,0 +1,162 @@
+"""What a run has so far, read from its files alone: no torch, no Parquet."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_cache.errors import MismatchError, MissingInputError
+from opd_cache.run_dir import COMPLETE, PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir
+from opd_cache.store.publish import read_json
+
+STAGES = ("rollout", "score", "learn", "eval")
+
+
+def run_status(path: Path) -> dict[str, Any]:
+    """Everything that `opd-cache status --json` prints. Raises MissingInputError when there is no run."""
+    run = RunDir(path)
+    if not run.run_json.exists():
+        raise MissingInputError(
+            f"{path}: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={path}"
+        )
+    identity = read_json(run.run_json)
+    if identity.get("schema_version") != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{run.run_json}: schema version {identity.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
+        )
+    recipe = identity["recipe"]
+    teachers = {
+        subject.removeprefix("teacher="): evaluation_summary(run, subject)
+        for subject in evaluated_subjects(run)
+        if subject.startswith("teacher=")
+    }
+    episodes = [_episode(run, episode) for episode in run.episodes()]
+    learned = recipe["learn"]["teacher"] or next(iter(recipe["teachers"]))
+    return {
+        "run_dir": str(path),
+        "run_id": identity["run_id"],
+        "num_episodes": recipe["num_episodes"],
+        "episodes_done": sum(entry["learn"]["done"] for entry in episodes),
+        "baseline": evaluation_summary(run, "policy=0"),
+        "teacher": teachers.get(learned),
+        "teachers": teachers,
+        "episodes": episodes,
+        "seconds": {stage: round(sum(note["seconds"] for note in _notes(run, stage)), 2) for stage in STAGES},
+        "bytes": {
+            "rollouts": sum(entry["rollouts"]["bytes"] for entry in episodes),
+            "scores": sum(scores["bytes"] for entry in episodes for scores in entry["scores"].values()),
+        },
+        "response_tokens": sum(entry["rollouts"]["tokens"] for entry in episodes),
+    }
+
+
+def _episode(run: RunDir, episode: int) -> dict[str, Any]:
+    target = run.episode(episode)
+    plan = read_json(target.plan) if target.plan.exists() else None
+    shards = -(-len(plan["prompt_indices"]) // plan["prompts_per_shard"]) if plan else 0
+    manifest = run.policy_after(episode) / COMPLETE
+    learn_plan = run.learn(episode) / PLAN
+    return {
+        "episode": episode,
+        "policy_version": episode,
+        "rollouts": _stage(target.rollouts, shards),
+        "scores": {teacher: _stage(target.scores(teacher), shards) for teacher in asked_teachers(target)},
+        "learn": {
+            "done": manifest.exists(),
+            "steps": read_json(learn_plan)["num_steps"] if learn_plan.exists() else None,
+        },
+        "eval": evaluation_summary(run, f"policy={episode + 1}"),
+    }
+
+
+def _stage(folder: Path, shards: int) -> dict[str, Any]:
+    sealed = read_json(folder / SEAL) if (folder / SEAL).exists() else {}
+    done = len(list(folder.glob("shard-*.parquet"))) if folder.is_dir() else 0
+    return {
+        "shards": shards,
+        "done": done,
+        "sealed": bool(sealed),
+        "rows": sealed.get("rows", 0),
+        "tokens": sealed.get("tokens", 0),
+        "bytes": sealed.get("bytes", 0),
+    }
+
+
+def evaluation_summary(run: RunDir, subject: str) -> dict[str, Any] | None:
+    """The figures of `policy=N` or `teacher=NAME`; None when it was not evaluated."""
+    path = run.evaluation(subject) / "summary.json"
+    summary = read_json(path) if path.exists() else {}
+    return summary if summary.get("subject") == subject else None
+
+
+def evaluated_subjects(run: RunDir) -> list[str]:
+    """Every `policy=N` and `teacher=NAME` with a summary of its own. A folder moved aside, such as `policy=3.old`, has
+    another's."""
+    names = sorted(path.parent.name for path in run.path.glob("evals/*/summary.json"))
+    return [name for name in names if evaluation_summary(run, name) is not None]
+
+
+def asked_teachers(target: RolloutSet) -> list[str]:
+    """The teachers with a scoring plan of their own. A folder moved aside, such as `teacher=main.old`, has another's."""
+    names = sorted(path.parent.name.removeprefix("teacher=") for path in target.path.glob(f"scores/teacher=*/{PLAN}"))
+    return [name for name in names if read_json(target.scores(name) / PLAN).get("teacher") == name]
+
+
+def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    folder = run.path / "logs" / stage
+    # An evaluation's note covers its own rollouts and scores, whose notes lie under eval-*.
+    return [
+        json.loads(path.read_text())
+        for path in sorted(folder.glob("*/*.json"))
+        if not path.parent.name.startswith("eval-")
+    ]
+
+
+def status_tables(status: dict[str, Any]) -> list[Any]:
+    """The same for people: rich renderables."""
+    from rich.table import Table
+
+    stages = Table(
+        title=f"{status['run_dir']} · run {status['run_id']} · {status['episodes_done']} of {status['num_episodes']} episodes"
+    )
+    for column in ("episode", "rollouts", "scores", "learn", "tokens", "greedy", "sampled", "reverse KL"):
+        stages.add_column(column, justify="right")
+    for entry in status["episodes"]:
+        scores = ", ".join(f"{name} {_progress(stage)}" for name, stage in entry["scores"].items()) or "-"
+        learned = "done" if entry["learn"]["done"] else "-"
+        stages.add_row(
+            str(entry["episode"]),
+            _progress(entry["rollouts"]),
+            scores,
+            learned,
+            f"{entry['rollouts']['tokens']:,}",
+            *evaluation_cells(entry["eval"]),
+        )
+    return [stages, results_table(status)]
+
+
+def _progress(stage: dict[str, Any]) -> str:
+    complete = stage["done"] == stage["shards"]
+    return f"{stage['done']}/{stage['shards']}" + (" unsealed" if complete and not stage["sealed"] else "")
+
+
+def results_table(status: dict[str, Any]) -> Any:
+    """Student before, student now, teacher."""
+    from rich.table import Table
+
+    table = Table(title="held-out prompts")
+    for column in ("", "greedy", "sampled", "reverse KL (nats/token)"):
+        table.add_column(column, justify="left" if not column else "right")
+    latest = next((entry for entry in reversed(status["episodes"]) if entry["eval"]), None)
+    table.add_row("student before", *evaluation_cells(status["baseline"]))
+    if latest:
+        table.add_row(f"student after episode {latest['episode']}", *evaluation_cells(latest["eval"]))
+    for name, evaluation in status["teachers"].items():
+        table.add_row(f"teacher {name}", *evaluation_cells(evaluation))
+    return table
+
+
+def evaluation_cells(evaluation: dict[str, Any] | None) -> list[str]:
+    keys = ("greedy_accuracy", "sampled_accuracy", "reverse_kl")
+    values = [None if evaluation is None else evaluation[key] for key in keys]
+    formats = ("{:.1%}", "{:.1%}", "{:.3f}")
+    return ["-" if value is None else form.format(value) for value, form in zip(values, formats, strict=True)]

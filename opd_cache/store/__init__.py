@@ -1,0 +1,1 @@
+"""Immutable files: how they are published, sealed, read and joined."""

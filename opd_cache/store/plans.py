@@ -1,0 +1,146 @@
+"""plan.json: what one episode or evaluation was asked to do. Immutable, so restarts and array widths cannot change it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from opd_cache.errors import CorruptShardError, MismatchError
+from opd_cache.run_dir import PLAN, SCHEMA_VERSION, RolloutSet
+from opd_cache.store.publish import digest_file, publish_json, read_json
+from opd_cache.store.rows import rollouts_schema, scores_schema
+from opd_cache.store.shards import ShardSet
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How responses are sampled. temperature 0 is greedy (evaluations only)."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    max_new_tokens: int
+    stop_token_ids: list[int]
+
+    @property
+    def cuts_distribution(self) -> bool:
+        """Whether tokens are drawn from something else than the model's own distribution."""
+        return self.temperature > 0 and (self.temperature != 1 or self.top_p != 1 or self.top_k is not None)
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """Which prompts, in which order and shards, sampled how and by whom."""
+
+    run_id: str
+    scope: str  # first part of rollout ids and of seeds: the episode, or the evaluation
+    seed: int
+    policy_version: int
+    policy: str  # fingerprint of the model that samples
+    sampler: str
+    dtype: str  # in which it computes
+    prompts: str  # sha256 of the prompts file
+    prompt_indices: list[int]
+    n_samples_per_prompt: int
+    prompts_per_shard: int
+    sampling: SamplingPlan
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.prompt_indices) // self.prompts_per_shard)
+
+    @property
+    def num_rollouts(self) -> int:
+        return len(self.prompt_indices) * self.n_samples_per_prompt
+
+    def shard_prompts(self, shard: int) -> list[int]:
+        """The prompt indices of one shard, in order."""
+        return self.prompt_indices[shard * self.prompts_per_shard : (shard + 1) * self.prompts_per_shard]
+
+    def shard_rollouts(self, shard: int) -> int:
+        return len(self.shard_prompts(shard)) * self.n_samples_per_prompt
+
+
+def publish_rollout_plan(target: RolloutSet, plan: RolloutPlan, remedy: str) -> None:
+    """Publish the plan, or confirm that the published one is the same."""
+    publish_json(
+        target.path / PLAN, {"schema_version": SCHEMA_VERSION, **asdict(plan)}, f"the plan of {target.label}", remedy
+    )
+
+
+def load_rollout_plan(target: RolloutSet) -> RolloutPlan:
+    """The published plan. Raises MissingInputError, CorruptShardError, MismatchError (another schema version)."""
+    content = read_json(target.plan)
+    version = content.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise MismatchError(f"{target.plan}: schema version {version}, this opd-cache reads {SCHEMA_VERSION}.")
+    try:
+        return RolloutPlan(**{**content, "sampling": SamplingPlan(**content["sampling"])})
+    except (TypeError, KeyError) as error:
+        raise CorruptShardError(f"{target.plan}: not a plan ({error}).") from error
+
+
+def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
+    """The rollout shards of a plan."""
+    about = {
+        "run_id": plan.run_id,
+        "stage": "rollout",
+        "scope": plan.scope,
+        "plan": digest_file(target.plan),
+        "policy_version": plan.policy_version,
+        "policy": plan.policy,
+        "sampler": plan.sampler,
+        "dtype": plan.dtype,
+        "sampling": asdict(plan.sampling),
+    }
+    return ShardSet(
+        target.rollouts,
+        plan.num_shards,
+        rollouts_schema(plan.sampling.cuts_distribution),
+        about,
+        stage_command("rollout", target),
+    )
+
+
+def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str) -> ShardSet:
+    """The score shards of one teacher, as its published plan describes them."""
+    path = target.scores(teacher) / PLAN
+    content = read_json(path)
+    about = {
+        "run_id": plan.run_id,
+        "stage": "score",
+        "scope": plan.scope,
+        "plan": digest_file(path),
+        **_score_facts(content),
+    }
+    return ShardSet(
+        target.scores(teacher),
+        plan.num_shards,
+        scores_schema(content["top_k"]),
+        about,
+        stage_command("score", target, teacher),
+    )
+
+
+def _score_facts(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: content[key] for key in ("teacher", "teacher_fingerprint", "scorer", "dtype", "top_k", "rollouts")}
+
+
+def publish_score_plan(target: RolloutSet, plan: RolloutPlan, facts: dict[str, Any]) -> None:
+    """Publish what a teacher is asked for, or confirm that it was asked for the same before.
+
+    `facts`: teacher, teacher_fingerprint, scorer, dtype, top_k, and rollouts (digest of the rollouts' seal).
+    """
+    folder = target.scores(facts["teacher"])
+    content = {"schema_version": SCHEMA_VERSION, "run_id": plan.run_id, "scope": plan.scope, **_score_facts(facts)}
+    publish_json(
+        folder / PLAN, content, f"the scoring of {target.label}", f"Set it back, or move {folder} away to score again."
+    )
+
+
+def stage_command(stage: str, target: RolloutSet, teacher: str | None = None) -> str:
+    """The command that makes a stage's missing shards."""
+    kind, _, value = target.path.name.partition("=")
+    if kind == "episode":
+        return f"opd-cache {stage} RECIPE --episode {value}" + (f" --teacher {teacher}" if teacher else "")
+    # An evaluation lies in evals/policy=N/mode=...; a teacher is evaluated along with any version.
+    subject, _, value = target.path.parent.name.partition("=")
+    return f"opd-cache eval RECIPE --policy-version {value if subject == 'policy' else 0}"

@@ -1,0 +1,231 @@
+"""Putting a file or a folder under its final name: whole, durable, and never changed afterwards.
+
+Temporary on the same file system → write → fsync → read back → link(temporary, final) → fsync the folder → unlink.
+`link` is exclusive, so of racing writers the first wins; `rename` would let the last one replace a published file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, TryAgainError
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TEMPORARY_SUFFIX = ".tmp"
+MAX_DIFFERENCES = 5  # named in one error line
+
+
+def temporary_beside(final: Path) -> Path:
+    """A fresh hidden name in the same folder that says which process made it: .NAME.HOST.PID.RANDOM.tmp"""
+    return final.with_name(
+        f".{final.name}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}{TEMPORARY_SUFFIX}"
+    )
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; their entries are durable when this returns."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, quota or file-size limit into TryAgainError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise TryAgainError(
+                f"{path}: {os.strerror(error.errno or 0)}. Nothing unfinished was published; make room and run the same command again."
+            ) from error
+        raise
+
+
+def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable[[Path], None]) -> bool:
+    """Write a file and publish it; True when ours is the one, False when another was there first.
+
+    `write` gets the open temporary file; `check` reads a file back and raises when it is not whole. It is called on
+    our temporary before the link and, when we lose, on the winner.
+    """
+    temporary = temporary_beside(final)
+    with explained_disk_errors(final):
+        make_folder(final.parent)
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            check(temporary)
+            try:
+                os.link(temporary, final)
+                won = True
+            except FileExistsError:
+                check(final)
+                won = False
+            fsync_folder(final.parent)
+            return won
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def canonical_json(content: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, one line a top-level key for people to read."""
+    lines = (
+        f"{json.dumps(key)}: {json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)}"
+        for key, value in sorted(content.items())
+    )
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def digest_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish_json(
+    final: Path, content: dict[str, Any], what: str, remedy: str, compare: tuple[str, ...] | None = None
+) -> str:
+    """Publish a JSON object, or confirm that the published one says the same; returns the sha256 of the file.
+
+    Raises MismatchError naming what differs by dotted path (only top-level keys in `compare` where given), `what` the
+    file stands for and the `remedy`.
+    """
+    data = canonical_json(content)
+    if not final.exists():
+
+        def write(file: BinaryIO) -> None:
+            file.write(data)
+
+        def check(path: Path) -> None:
+            read_json(path)
+
+        if publish_file(final, write, check):
+            return digest_bytes(data)
+    found = read_json(final)
+    keys = compare or {*found, *content}
+    ours, theirs = ({key: side.get(key) for key in keys} for side in (json.loads(data), found))
+    differing = list(islice(_differences(theirs, ours, ""), MAX_DIFFERENCES + 1))
+    if differing:
+        shown = [*differing[:MAX_DIFFERENCES], *(["..."] if len(differing) > MAX_DIFFERENCES else [])]
+        raise MismatchError(
+            f"{final}: {what} was made with {'; '.join(shown)}{'' if shown[-1] == '...' else '.'} {remedy}"
+        )
+    return digest_file(final)
+
+
+def _differences(found: Any, wanted: Any, path: str) -> Iterator[str]:
+    """`settings.learning_rate = 0.001, now 0.002`, for each value that differs, however deep it lies."""
+    if found == wanted:
+        return
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            yield from _differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+    elif _is_list_of_dicts(found) and _is_list_of_dicts(wanted) and len(found) == len(wanted):
+        for index, pair in enumerate(zip(found, wanted, strict=True)):
+            yield from _differences(*pair, f"{path}[{index}]")
+    else:
+        yield f"{path} = {_short(found)}, now {_short(wanted)}"
+
+
+def _is_list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(item, dict) for item in value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{len(value)} keys}}"
+    if _is_list_of_dicts(value):
+        return f"[{len(value)} entries]"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A published JSON object. Raises MissingInputError or CorruptShardError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{path}: no such file.") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptShardError(
+            f"{path}: not whole JSON ({error}). Move the file away and run the stage again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CorruptShardError(
+            f"{path}: expected a JSON object, found a {type(content).__name__}. Move the file away and run the stage again."
+        )
+    return content
+
+
+def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
+    """Fill a temporary folder and rename it to its final name; False when another was there first.
+
+    A rename onto a folder that holds files fails, so a published folder is never replaced.
+    """
+    temporary = temporary_beside(final)
+    with explained_disk_errors(final):
+        make_folder(final.parent)
+        try:
+            temporary.mkdir()
+            try:
+                fill(temporary)
+            except Exception:
+                _ask_for_room(temporary)
+                raise
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _fsync_file(Path(folder, name))
+                fsync_folder(Path(folder))
+            try:
+                os.rename(temporary, final)
+                won = True
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                won = False
+            fsync_folder(final.parent)
+            return won
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _ask_for_room(folder: Path) -> None:
+    """Raise the disk's own error where it is full: safetensors and torch.save report that in exceptions of their own."""
+    probe = folder / f"room{TEMPORARY_SUFFIX}"
+    with open(probe, "wb") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+    probe.unlink()
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

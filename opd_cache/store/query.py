@@ -1,0 +1,126 @@
+"""SQL over a run: DuckDB views on the published files. Never globs, which would pick up temporaries; never writes."""
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from opd_cache.errors import ConfigError, MissingInputError
+from opd_cache.run_dir import SEAL, RunDir
+from opd_cache.schema import EVALS, PROMPTS, ROLLOUTS, SCORES, STEPS, Column
+from opd_cache.status import asked_teachers, evaluated_subjects
+from opd_cache.store.publish import read_json
+
+SQL_TYPES = {
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "uint64": "UBIGINT",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+    "string": "VARCHAR",
+    "bool": "BOOLEAN",
+}
+
+
+def connect(run_path: str | Path) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with the views prompts, rollouts, scores, steps and evals of one run.
+
+    It reaches nothing outside the run directory, and its configuration is locked. Inside it, DuckDB lets COPY write:
+    statements of others go through `query_rows`. Raises MissingInputError.
+    """
+    run = RunDir(Path(run_path).absolute())
+    if not run.run_json.exists():
+        raise MissingInputError(f"{run.path}: no run.json; this is no run directory.")
+    connection = duckdb.connect(":memory:")
+    for name, columns, selects in _views(run):
+        connection.execute(f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join([_empty(columns), *selects])}")
+    connection.execute(f"SET allowed_directories = [{_quoted(str(run.path) + '/')}]")
+    for setting in ("enable_external_access = false", "lock_configuration = true"):
+        connection.execute(f"SET {setting}")
+    return connection
+
+
+def query_rows(run_path: str | Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(column names, rows) of one SELECT. Raises ConfigError with DuckDB's reason in one line."""
+    try:
+        connection = connect(run_path)
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1:
+            raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")
+        # DuckDB lets COPY, EXPORT and ATTACH write into the directories that may be read.
+        if statements[0].type != duckdb.StatementType.SELECT:
+            raise ConfigError(f"the query is {statements[0].type.name}; expected SELECT, since a query only reads.")
+        result = connection.execute(statements[0])
+        return [column[0] for column in result.description], result.fetchall()
+    except duckdb.Error as error:
+        # After the reason come the statement again and a line of marks under it.
+        reason = str(error).split("\nLINE ")[0]
+        raise ConfigError(f"the query failed: {' '.join(reason.split())}") from error
+
+
+def render_table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """Print rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, column in enumerate(columns):
+        is_number = rows and all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row))
+    Console(markup=False, emoji=False).print(table)
+
+
+View = tuple[str, tuple[tuple[str, str], ...], list[str]]
+
+
+def _views(run: RunDir) -> list[View]:
+    rollouts, scores, steps = [], [], []
+    for episode in run.episodes():
+        target = run.episode(episode)
+        rollouts += _sealed_select(target.rollouts, f"{episode}::INTEGER AS episode")
+        for teacher in asked_teachers(target):
+            constants = f"{episode}::INTEGER AS episode, {_quoted(teacher)} AS teacher"
+            scores += _sealed_select(target.scores(teacher), constants)
+        if run.steps(episode).exists():
+            steps.append(_select([run.steps(episode)], f"{episode}::INTEGER AS episode"))
+    # A summary is published after its results.
+    results = [run.evaluation(subject) / "results.parquet" for subject in evaluated_subjects(run)]
+    return [
+        ("prompts", _typed(PROMPTS), [_select([run.prompts], "")] if run.prompts.exists() else []),
+        ("rollouts", (("episode", "INTEGER"), *_typed(ROLLOUTS)), rollouts),
+        ("scores", (("episode", "INTEGER"), ("teacher", "VARCHAR"), *_typed(SCORES)), scores),
+        ("steps", (("episode", "INTEGER"), *_typed(STEPS)), steps),
+        ("evals", _typed(EVALS), [_select(results, "")] if results else []),
+    ]
+
+
+def _sealed_select(folder: Path, constants: str) -> list[str]:
+    if not (folder / SEAL).exists():
+        return []
+    files = [folder / entry["file"] for entry in read_json(folder / SEAL)["shards"]]
+    return [_select(files, constants)] if files else []
+
+
+def _select(files: list[Path], constants: str) -> str:
+    listed = ", ".join(_quoted(str(path)) for path in files)
+    return f"SELECT {constants + ', ' if constants else ''}* FROM read_parquet([{listed}], hive_partitioning = false)"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _typed(columns: tuple[Column, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((c.name, _sql_type(str(c.type))) for c in columns)
+
+
+def _sql_type(arrow_type: str) -> str:
+    if arrow_type.startswith("list<"):
+        return SQL_TYPES[arrow_type.split(": ")[1].split(" ")[0].rstrip(">")] + "[]"
+    return SQL_TYPES[arrow_type]
+
+
+def _empty(columns: tuple[tuple[str, str], ...]) -> str:
+    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in columns)} WHERE false"

@@ -1,0 +1,72 @@
+"""The values that flow through the stages, one class a step: Prompt → Rollout → Score → (Rollout, Score)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as taken in: its token ids are what every stage sees."""
+
+    prompt_index: int
+    prompt_id: str
+    prompt_ids: Int32Array
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response. Per-token arrays have one entry a response token, all of the same length R."""
+
+    rollout_id: str
+    prompt_index: int
+    sample_index: int
+    prompt_ids: Int32Array  # [P]
+    response_ids: Int32Array  # [R], R may be 0
+    sampling_logprobs: Float32Array  # [R], at the distribution really sampled from
+    finish_reason: str
+    policy_version: int
+    raw_logprobs: Float32Array | None = None  # [R], at temperature 1 without cuts; None where they are the same
+
+    @property
+    def ids_hash(self) -> int:
+        """64-bit hash of the prompt's and the response's ids, which the score row must repeat."""
+        return hash_ids(self.prompt_ids, self.response_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A teacher's view of one rollout. K is the number of top entries cached a token, 0 for none."""
+
+    rollout_id: str
+    ids_hash: int
+    teacher_logprobs: Float32Array  # [R]
+    teacher_rank: Int32Array  # [R], 1 = the teacher's likeliest token
+    topk_ids: Int32Array  # [R, K], likeliest first
+    topk_logprobs: Float32Array  # [R, K], not renormalised
+    error: str | None = None  # why this row could not be scored; its arrays are then empty
+
+
+def hash_ids(prompt_ids: Int32Array, response_ids: Int32Array) -> int:
+    """xxh3-64 of the prompt's length and all ids, as an unsigned integer."""
+    digest = xxhash.xxh3_64(len(prompt_ids).to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype="<i4").tobytes())
+    return digest.intdigest()
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from named parts, such as (run seed, episode, prompt, sample). Never from rank or batch position."""
+    text = "/".join(str(part) for part in parts)
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1

@@ -1,0 +1,73 @@
+"""Fixtures that all tests share: a tiny task, recipes on it, and one finished run."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+from helpers import STOP_IDS, complete, save_model, tiny_qwen2, write_jsonl
+
+from opd_cache.config import Recipe
+from opd_cache.recipes import load_recipe
+from opd_cache.run import Run
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """student/, teacher/, train.jsonl (24 prompts of different lengths), heldout.jsonl (6) and recipe.yaml."""
+    folder = tmp_path_factory.mktemp("task")
+    save_model(tiny_qwen2(seed=1), folder / "student")
+    save_model(tiny_qwen2(seed=2, hidden_size=48), folder / "teacher")
+    rng = random.Random(0)
+    words = ["".join(rng.sample("abcdefghij", rng.randint(2, 9))) for _ in range(30)]
+    problems = [
+        {"id": f"p{i}", "prompt": f"sort {word}:", "answer": "".join(sorted(word))} for i, word in enumerate(words)
+    ]
+    write_jsonl(folder / "train.jsonl", problems[:24])
+    write_jsonl(folder / "heldout.jsonl", problems[24:])
+    (folder / "recipe.yaml").write_text(
+        f"""
+seed: 3
+num_episodes: 2
+torch_threads: 1
+student: {{model: {folder}/student, dtype: float32, device: cpu}}
+teachers: {{main: {{model: {folder}/teacher, dtype: float32, device: cpu}}}}
+prompts: {{path: {folder}/train.jsonl}}
+rollout:
+  prompts_per_episode: 12
+  n_samples_per_prompt: 2
+  prompts_per_shard: 4
+  max_new_tokens: 12
+  batch_size: 8
+  stop_token_ids: {STOP_IDS}
+score: {{top_k: 4, max_tokens_per_batch: 128}}
+learn:
+  loss: {{name: reverse_kl_topk}}
+  train_batch_size: 10
+  max_tokens_per_micro_batch: 96
+  learning_rate: 1.0e-3
+eval: {{path: {folder}/heldout.jsonl, n_samples_per_prompt: 2}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_recipe(task: Path) -> Callable[..., Recipe]:
+    """A checked Recipe for a run directory: make_recipe(path, "seed=4", ...)."""
+
+    def make(run_dir: Path, *overrides: str) -> Recipe:
+        return load_recipe([str(task / "recipe.yaml"), f"run_dir={run_dir}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run of two episodes. Shared: copy it before changing anything in it."""
+    return complete(make_recipe(tmp_path_factory.mktemp("finished") / "run"))

@@ -1,0 +1,37 @@
+"""Renders the parts of the README that follow from the code: the tables of columns.
+
+python tools/render_readme.py [--check]
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from opd_cache.schema import TABLES, markdown_table
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def render(text: str) -> str:
+    """The README with every <!-- columns:NAME --> block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- columns:{name} -->\n**{name}**\n\n{markdown_table(TABLES[name])}\n<!-- /columns:{name} -->"
+
+    return re.sub(r"<!-- columns:(\w+) -->.*?<!-- /columns:\1 -->", block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    text = README.read_text()
+    if "--check" in sys.argv[1:]:
+        sys.exit(
+            0
+            if render(text) == text
+            else "README.md: the tables of columns are stale. Run: python tools/render_readme.py"
+        )
+    README.write_text(render(text))
+
+
+if __name__ == "__main__":
+    main()

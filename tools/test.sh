@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them all: lint, types, tests. Arguments go to pytest.
+#   VENV=dir  environment (default .venv)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/install.sh
+VENV=${VENV:-.venv}
+install_into "$VENV" "[dev]"
+export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+if ! command -v strace >/dev/null; then
+    apt-get install -y -q strace >/dev/null 2>&1 || echo "strace is not installed: the tests that kill at every system call are skipped" >&2
+fi
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+"$VENV/bin/python" -m pytest "$@"
