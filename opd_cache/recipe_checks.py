@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from opd_cache import registry
-from opd_cache.config import Recipe, field_types
+from opd_cache.config import LossConfig, Recipe, field_types
 from opd_cache.errors import ConfigError
 
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -65,10 +65,10 @@ def _check_type(value: Any, kind: Any, key: str, where: str) -> None:
     elif origin is dict and isinstance(value, dict):
         for name, item in value.items():
             _check_name(name, key, where)
-            if dataclasses.is_dataclass(parts[1]):
-                _check_type(item, parts[1], f"{key}.{_shown_key(name)}", where)
-            else:
+            if parts[1] is Any:
                 _check_plain(item, f"{key}.{_shown_key(name)}", where)
+            else:
+                _check_type(item, parts[1], f"{key}.{_shown_key(name)}", where)
     elif dataclasses.is_dataclass(kind):
         check_section(value, typing.cast(type, kind), f"{key}.", where)
 
@@ -122,6 +122,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(f"{key} = {chosen!r} is unknown. Known: {', '.join(recipe.teachers)}.")
     if recipe.learn.teacher is None and len(recipe.teachers) > 1:
         raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    _check_loss(recipe.learn.loss)
     for key, pattern in (
         ("eval.answer_pattern", recipe.eval.answer_pattern),
         ("eval.reference_pattern", recipe.eval.reference_pattern),
@@ -136,6 +137,21 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
+def _check_loss(loss: LossConfig) -> None:
+    if loss.name == "mixed" and not any(loss.terms.values()):
+        raise ConfigError(
+            "learn.loss.name = 'mixed' needs learn.loss.terms, such as {reverse_kl_topk: 1.0, reward_pg: 0.5}."
+        )
+    if loss.name != "mixed" and loss.terms:
+        raise ConfigError(
+            f"learn.loss.terms is set, but learn.loss.name = {loss.name!r} has no terms. Set learn.loss.name=mixed, or leave the terms out."
+        )
+    for name in loss.terms:
+        if name == "mixed":
+            raise ConfigError("learn.loss.terms.mixed: a mixed loss cannot be a term of itself.")
+        registry.check_name(registry.LOSSES, name, "learn.loss.terms")
+
+
 def _check_limits(config: Any, prefix: str) -> None:
     for f in dataclasses.fields(config):
         value, key = getattr(config, f.name), f"{prefix}{f.name}"
@@ -145,6 +161,8 @@ def _check_limits(config: Any, prefix: str) -> None:
             for name, entry in value.items():
                 if dataclasses.is_dataclass(entry):
                     _check_limits(entry, f"{key}.{name}.")
+                elif isinstance(entry, float):
+                    _check_value(entry, f"{key}.{_shown_key(name)}", f.metadata)
         elif isinstance(value, list):
             if not value:
                 raise ConfigError(f"{key} = [] is empty; leave it out, or give at least one.")
