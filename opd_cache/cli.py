@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
-from opd_cache.errors import ConfigError, OpdCacheError
+from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -56,14 +56,20 @@ def _share_options(command: Callable) -> Callable:
     return command
 
 
-def _open(recipe: tuple[str, ...]) -> Any:
-    """Load the recipe and open its run."""
+def _load(recipe: tuple[str, ...]) -> Any:
+    """The recipe of a stage that is about to run."""
     from opd_cache.logs import set_up_logging
     from opd_cache.recipes import load_recipe
 
     set_up_logging()
     loaded = load_recipe(recipe)
     _quiet_libraries()
+    return loaded
+
+
+def _open(recipe: tuple[str, ...]) -> Any:
+    """Load the recipe and open its run."""
+    loaded = _load(recipe)
     from opd_cache.run import open_run
 
     return open_run(loaded)
@@ -128,9 +134,24 @@ def score(
 def learn(recipe: tuple[str, ...], episode: int) -> None:
     """Train the student on an episode's joined shards and publish its policy.
 
+    With learn.num_ranks it starts so many processes on this machine; under torchrun or srun it is one of theirs.
+
     Example: opd-cache learn quickstart --episode 0
     """
-    _inline_stages(recipe).learn(episode)
+    loaded = _load(recipe)
+    from opd_cache.learn.ranks import joined_ranks, rank_from_environment
+
+    ranks = rank_from_environment()
+    if ranks.world == 1 and loaded.learn.num_ranks > 1:
+        from opd_cache.launch.ranks import run_ranks
+
+        run_ranks(["learn", *recipe, "--episode", str(episode)], loaded.learn.num_ranks)
+        return
+    from opd_cache.pipeline import InlineStages
+    from opd_cache.run import open_run
+
+    with joined_ranks(ranks, loaded.learn.collective_timeout_s):
+        InlineStages(ranks.from_first(lambda: open_run(loaded)), ranks).learn(episode)
 
 
 @cli.command("eval", epilog=EPILOG_RECIPE)
@@ -170,10 +191,15 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
     from opd_cache.pipeline import InlineStages, run_episodes
 
     opened = _open(recipe)
-    if opened.recipe.launcher == "inline":
-        run_episodes(opened, InlineStages(opened))
-    else:
-        run_episodes(opened, SubprocessStages(recipe, opened.recipe.num_workers))
+    inline, commands = InlineStages(opened), SubprocessStages(recipe, opened.recipe.num_workers)
+    is_inline = opened.recipe.launcher == "inline"
+    has_ranks = opened.recipe.learn.num_ranks > 1
+    run_episodes(
+        opened,
+        lambda stage, number: (inline if is_inline and not (has_ranks and stage == "learn") else commands)(
+            stage, number
+        ),
+    )
     if as_json:
         from opd_cache.status import run_status
 
@@ -277,6 +303,8 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         cli(prog_name="opd-cache", standalone_mode=False)
+    except FirstRankFailedError as error:
+        sys.exit(error.exit_status)
     except OpdCacheError as error:
         if debug:
             raise
@@ -300,5 +328,7 @@ def main() -> None:
 
 def _stop(kind: str, message: str, status: int) -> NoReturn:
     """Print the error as one line, whatever names and texts it quotes, and exit."""
-    click.echo("\\n".join(f"{kind}: {message}".splitlines()), err=True)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    click.echo("\\n".join(f"{prefix}{kind}: {message}".splitlines()), err=True)
     sys.exit(status)

@@ -98,6 +98,9 @@ class RolloutConfig:
     max_new_tokens: int = option(512, "A response that reaches it is marked finish_reason=length.", min=1)
     stop_token_ids: Optional[list[int]] = option(None, "Ids that end a response; null: the model's own EOS ids.", min=0)
     batch_size: int = option(128, "Sequences sampled side by side by the hf sampler. Bounds memory.", min=1)
+    reward: Optional[str] = option(
+        None, "Task reward of each response, for reward_pg and metrics; null: none.", table=registry.REWARDS
+    )
 
 
 @dataclass
@@ -127,14 +130,87 @@ class LossConfig:
     """What the student minimises, per response token, in nats."""
 
     name: str = option("reverse_kl_pg", "Which loss.", table=registry.LOSSES)
-    clip_ratio_low: float = option(0.2, "reverse_kl_pg: PPO clip, lower side. 1 turns it off.", min=0, max=1)
-    clip_ratio_high: float = option(0.2, "reverse_kl_pg: PPO clip, upper side. A large number turns it off.", min=0)
+    terms: dict[str, float] = option(
+        dict, "mixed: its losses and their weights, such as {reverse_kl_topk: 1.0, reward_pg: 0.5}."
+    )
+    coef: float = option(1.0, "reverse_kl_pg: multiplies its advantages.", min=0)
+    importance: str = option(
+        "ppo_clip",
+        "reverse_kl_pg, reward_pg: how the ratio (probability under the student / under the sampler) weighs a token. ppo_clip: in full, until a step has gone beyond the clip; truncated: up to importance_cap; gate: in full between gate_low and gate_high, else the token does not count.",
+        choices=("ppo_clip", "truncated", "gate"),
+    )
+    clip_ratio_low: float = option(0.2, "importance=ppo_clip: clip below 1 − this. 1 turns it off.", min=0, max=1)
+    clip_ratio_high: float = option(
+        0.2, "importance=ppo_clip: clip above 1 + this. A large number turns it off.", min=0
+    )
+    importance_cap: float = option(2.0, "importance=truncated: the largest weight.", min=1)
+    gate_low: float = option(0.2, "importance=gate: tokens with a smaller ratio do not count.", min=0, max=1)
+    gate_high: float = option(5.0, "importance=gate: tokens with a larger ratio do not count.", min=1)
+    discount: float = option(
+        0.0,
+        "reverse_kl_pg: a token answers for the later tokens of its response too, discount^distance. 0: for itself; 1: for all, the KL of whole responses, with the noise of whole responses.",
+        min=0,
+        max=1,
+    )
     normalize_advantages: bool = option(
-        False, "Whiten advantages over the global batch. Destroys the scale of the KL; off."
+        False, "reverse_kl_pg: whiten advantages over the global batch. Destroys the scale of the KL; off."
     )
     advantage_clamp: Optional[float] = option(
-        None, "Clamp |advantage| to this. Removes gradient where the student is most wrong; off.", above=0
+        None,
+        "reverse_kl_pg: clamp |advantage| to this. Weakens gradient where the student is most wrong; null: off.",
+        above=0,
     )
+    topk_mass: str = option(
+        "tail_bucket",
+        "*_topk, entropy_aware: the mass outside the teacher's top k and the sampled token. tail_bucket: one more entry; renormalised: none, the student may hide mass there; unnormalised: left out of the sum.",
+        choices=("tail_bucket", "renormalised", "unnormalised"),
+    )
+    teacher_only_ids: str = option(
+        "refuse",
+        "*_topk, entropy_aware: ids of the teacher's top k that the student has no embedding for. refuse: stop; tail: their mass joins the tail (in the other forms of topk_mass it is left out).",
+        choices=("refuse", "tail"),
+    )
+    jsd_beta: float = option(
+        0.5,
+        "jsd_topk: the teacher's share in M, JSD = β·KL(T‖M) + (1−β)·KL(S‖M). 0 is KL(T‖S), 1 is KL(S‖T).",
+        min=0,
+        max=1,
+    )
+    skew_alpha: float = option(
+        0.1,
+        "skew_kl_topk, skew_reverse_kl_topk: share of the left side mixed into the right: KL(T‖α·T + (1−α)·S), KL(S‖α·S + (1−α)·T).",
+        min=0,
+        below=1,
+    )
+    entropy_threshold: float = option(
+        0.8, "entropy_aware: adds forward KL where the teacher's entropy is above this, in nats.", min=0
+    )
+    entropy_forward_coef: float = option(1.0, "entropy_aware: weight of that forward KL.", min=0)
+
+
+@dataclass
+class LoraOptions:
+    """Training low-rank adapters instead of all weights. Needs the `lora` extra."""
+
+    rank: Optional[int] = option(None, "Rank of the adapters; null: train all weights.", min=1)
+    alpha: float = option(32.0, "The adapters count alpha / rank.", above=0)
+    target_modules: Optional[list[str]] = option(
+        None, "Names of the linear layers that get one, such as q_proj; null: all but the LM head."
+    )
+    merge: bool = option(
+        True, "true: a policy is a plain model, adapters merged. false: only the adapters, loaded onto the student."
+    )
+    seed: int = option(0, "Seed of the adapters' first values.", min=0)
+
+
+@dataclass
+class DeepSpeedOptions:
+    """learn.engine=deepspeed. Needs the `deepspeed` extra."""
+
+    zero_stage: int = option(
+        2, "What the ranks share out: 1 optimizer states, 2 gradients too, 3 weights too; 0 nothing.", min=0, max=3
+    )
+    offload_optimizer: bool = option(False, "Keep optimizer states, and step, in the CPU's memory (stages 1 to 3).")
 
 
 @dataclass
@@ -142,15 +218,35 @@ class LearnConfig:
     """The student learns from the joined shards."""
 
     engine: str = option("torch", "Who runs the optimizer.", table=registry.ENGINES)
+    num_ranks: int = option(
+        1, "Processes that learn together on this machine. torchrun and srun say it themselves.", min=1
+    )
+    deepspeed: DeepSpeedOptions = option(DeepSpeedOptions, "For learn.engine=deepspeed.")
+    lora: LoraOptions = option(LoraOptions, "Low-rank adapters.")
     teacher: Optional[str] = option(None, "Whose scores; null: the only teacher.")
     loss: LossConfig = option(LossConfig, "The loss.")
-    kl_coef: float = option(0.0, "Weight of the KL penalty to the initial student.", min=0)
+    kl_coef: float = option(0.0, "Weight of the KL penalty to the reference policy.", min=0)
+    reference: Optional[str] = option(None, "The reference policy, folder or name; null: the initial student.")
     kl_estimator: str = option(
         "k2", "Its estimator on sampled tokens: k1, k2 (reverse-KL gradient) or k3.", choices=("k1", "k2", "k3")
     )
     train_batch_size: int = option(128, "Rollouts in one optimizer step, over all ranks.", min=1)
+    epochs_per_episode: int = option(
+        1, "Passes over an episode's rollouts. From the second on they are off-policy.", min=1
+    )
+    updates_per_episode: Optional[int] = option(
+        None, "Optimizer steps an episode, all epochs together; sets the batch size instead of train_batch_size.", min=1
+    )
+    replay_episodes: int = option(
+        0, "Learn also from so many episodes before this one: how stale a rollout may be.", min=0
+    )
     max_tokens_per_micro_batch: int = option(
-        8192, "Padded tokens in one forward and backward. Bounds memory; changes nothing else.", min=1
+        8192, "Tokens in one forward and backward, padding included. Bounds memory; changes nothing else.", min=1
+    )
+    packing: str = option(
+        "auto",
+        "Sequences behind each other without padding. auto: with flash attention, which skips what they must not see; always: with any attention that keeps them apart.",
+        choices=("auto", "always", "never"),
     )
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", min=0)
     lr_schedule: str = option(
@@ -172,8 +268,16 @@ class LearnConfig:
     )
     mask_truncated: bool = option(False, "Leave responses that hit max_new_tokens out of the loss.")
     checkpoint_every_steps: Optional[int] = option(
-        None, "Also checkpoint inside an episode; null: only at its end.", min=1
+        None, "Also checkpoint inside an episode; null: only at its end, and when stopped by a signal.", min=1
     )
+    keep_last: int = option(1, "Checkpoints inside an episode that are kept until it ends.", min=1)
+    keep_every: Optional[int] = option(
+        None, "Checkpoints at multiples of so many steps are kept for good; null: none.", min=1
+    )
+    loggers: Optional[list[str]] = option(
+        None, "Where metrics go beside steps.parquet, such as [tensorboard, wandb].", table=registry.LOGGERS
+    )
+    collective_timeout_s: float = option(1800.0, "A rank that waits longer for the others gives up.", above=0)
 
 
 @dataclass

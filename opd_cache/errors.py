@@ -50,3 +50,11 @@ class TryAgainError(OpdCacheError):
     """Nothing is wrong with the request; the same command may succeed later (full disk, busy server)."""
 
     exit_status = 75
+
+
+class FirstRankFailedError(OpdCacheError):
+    """The first rank of several has failed and says why; this one ends with it, in silence."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__("the first rank failed")
+        self.exit_status = exit_status

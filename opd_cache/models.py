@@ -20,6 +20,8 @@ from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 # Share of the largest logit. Both ways run the same kernels; what differs is the rounding of another batch shape.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 
@@ -43,6 +45,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What matrices are multiplied in while the weights stay float32; None: in float32 too. auto as in resolve_dtype."""
+    dtype = resolve_dtype(precision, device)
+    return None if dtype is torch.float32 else dtype
 
 
 def dtype_name(config: ModelConfig) -> str:
@@ -104,8 +112,8 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, **options: Any) -> Tensor:
-        """Last hidden states [B, T, H]."""
+    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, **options: Any) -> Tensor:
+        """Last hidden states [B, T, H]. Without a mask, position_ids that start again tell packed sequences apart."""
         return self.body(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **options
         ).last_hidden_state
@@ -118,6 +126,11 @@ class LanguageModel:
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
+
+    def frozen(self) -> "LanguageModel":
+        """Itself, without gradients."""
+        self.module.requires_grad_(False)
+        return self
 
     def check_split(self) -> None:
         """Refuse an architecture whose logits are not head(body): what we compute must be what it means."""
@@ -154,9 +167,20 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
         module = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if (folder / ADAPTER_CONFIG).is_file():
+        merge_adapters(module)
     model = LanguageModel(module.to(device).eval(), config.model)
     model.check_split()
     return model
+
+
+def merge_adapters(module: Any) -> None:
+    """Add the LoRA adapters that came with a model to its weights, so that it computes as a plain one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
 
 
 def load_weights_into(model: LanguageModel, folder: Path) -> bool:

@@ -31,11 +31,13 @@ class InlineStages:
     Each part is made when a stage first needs it: learning needs neither the sampler's nor the scorer's packages.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, ranks: Any = None) -> None:
+        from opd_cache.learn.ranks import ALONE
         from opd_cache.models import set_torch_threads
 
         set_torch_threads(run.recipe.torch_threads)
         self.run = run
+        self.ranks = ranks or ALONE
         self.scorers: dict[str, Any] = {}
 
     def __call__(self, stage: str, number: int) -> None:
@@ -51,7 +53,7 @@ class InlineStages:
     def engine(self) -> Any:
         from opd_cache.learn.stage import new_engine
 
-        return new_engine(self.run)
+        return new_engine(self.run, self.ranks)
 
     def scorer(self, teacher: str) -> Any:
         from opd_cache.score.stage import new_scorer
@@ -75,7 +77,7 @@ class InlineStages:
     def learn(self, episode: int) -> bool:
         from opd_cache.learn.stage import learn_episode
 
-        return learn_episode(self.run, episode, self.engine)
+        return learn_episode(self.run, episode, self.engine, self.ranks)
 
     def eval(self, version: int) -> None:
         from opd_cache.evals.stage import evaluate_policy, evaluate_teacher

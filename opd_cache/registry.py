@@ -15,8 +15,22 @@ LOSSES = {
     "reverse_kl_pg": "opd_cache.learn.losses:REVERSE_KL_PG",
     "reverse_kl_topk": "opd_cache.learn.losses:REVERSE_KL_TOPK",
     "forward_kl_topk": "opd_cache.learn.losses:FORWARD_KL_TOPK",
+    "jsd_topk": "opd_cache.learn.losses:JSD_TOPK",
+    "skew_kl_topk": "opd_cache.learn.losses:SKEW_KL_TOPK",
+    "skew_reverse_kl_topk": "opd_cache.learn.losses:SKEW_REVERSE_KL_TOPK",
+    "entropy_aware": "opd_cache.learn.losses:ENTROPY_AWARE",
+    "reward_pg": "opd_cache.learn.losses:REWARD_PG",
+    "mixed": "opd_cache.learn.losses:MIXED",
 }
-ENGINES = {"torch": "opd_cache.learn.engines.torch:TorchEngine"}
+ENGINES = {
+    "torch": "opd_cache.learn.engines.torch:TorchEngine",
+    "deepspeed": "opd_cache.learn.engines.deepspeed:DeepSpeedEngine",
+}
+LOGGERS = {
+    "tensorboard": "opd_cache.learn.loggers:TensorBoardLogger",
+    "wandb": "opd_cache.learn.loggers:WandbLogger",
+}
+REWARDS = {"exact_match": "opd_cache.grade:exact_match"}
 TASKS = {"sort_letters": "opd_cache.quickstart.sort_letters:make_task"}
 
 

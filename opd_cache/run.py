@@ -61,6 +61,11 @@ class Run:
             return self.student_fingerprint
         return str(read_json(self.policy_folder(version) / COMPLETE)["fingerprint"])
 
+    @property
+    def is_replay(self) -> bool:
+        """Whether the rollouts are another run's, sampled by its policies and not by this one's."""
+        return self.dir.replay_json.exists()
+
     def is_learned(self, episode: int) -> bool:
         """Whether the episode's policy and its metrics are there. Raises MismatchError when it was trained from another
         policy than the one that is there now."""

@@ -93,8 +93,17 @@ class RunDir:
     def evaluation_set(self, subject: str, mode: str) -> RolloutSet:
         return RolloutSet(self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}", f"eval-{subject}-{mode}")
 
+    @property
+    def replay_json(self) -> Path:
+        """Only in a replay: which run its rollouts and scores come from."""
+        return self.path / "replay.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
     def log_folder(self, stage: str, log_name: str) -> Path:
-        return self.path / "logs" / stage / log_name
+        return self.logs / stage / log_name
 
     def episodes(self) -> list[int]:
         """Numbers of the episodes that have a folder, in order."""

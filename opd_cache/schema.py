@@ -54,6 +54,7 @@ ROLLOUTS = (
         "The same at temperature 1 without top-p/top-k cuts, where that differs.",
         True,
     ),
+    Column("reward", pa.float32(), "Task reward of the response; null where it has none.", True, nullable=True),
 )
 
 SCORES = (
@@ -71,16 +72,22 @@ SCORES = (
 
 STEPS = (
     Column("step", pa.int32(), "Optimizer step, counted over the whole run from 1."),
-    Column("policy_version", pa.int32(), "The student that sampled this step's rollouts."),
+    Column("policy_version", pa.int32(), "The student that the episode's learning started from."),
+    Column("staleness", pa.float64(), "Mean episodes since the batch's rollouts were sampled; 0 without replay."),
     Column("loss", pa.float64(), "Token mean over the global batch, nats, KL penalty included."),
     Column("reverse_kl", pa.float64(), "Mean of student − teacher log-prob of the sampled tokens, nats."),
     Column("reverse_kl_p50", pa.float64(), "Median over tokens."),
     Column("reverse_kl_p99", pa.float64(), "99th percentile over tokens."),
     Column("ratio_mean", pa.float64(), "Mean of live student ÷ sampler probability."),
     Column("ratio_max", pa.float64(), "Its largest value."),
-    Column("clipped_share", pa.float64(), "Share of tokens whose gradient the clip removed."),
+    Column("ess", pa.float64(), "Effective sample size of the ratios ÷ tokens, (Σr)² / (n Σr²): 1 on-policy."),
+    Column(
+        "clipped_share", pa.float64(), "Share of tokens whose gradient a ratio clip, cap or gate removed or capped."
+    ),
+    Column("clamped_share", pa.float64(), "Share of tokens whose advantage the clamp changed."),
     Column("entropy", pa.float64(), "Mean entropy of the student's next-token distribution, nats."),
-    Column("kl_penalty", pa.float64(), "Mean KL estimate to the initial student, before kl_coef; 0 when off."),
+    Column("kl_penalty", pa.float64(), "Mean KL estimate to the reference policy, before kl_coef; 0 when off."),
+    Column("reward", pa.float64(), "Mean task reward of the batch's rollouts; null without rewards.", nullable=True),
     Column("response_length", pa.float64(), "Mean response tokens of the batch's rollouts."),
     Column("truncated_share", pa.float64(), "Share of rollouts with finish_reason = length."),
     Column("error_share", pa.float64(), "Share of rollouts that the teacher could not score."),

@@ -33,6 +33,7 @@ class Rollout:
     finish_reason: str
     policy_version: int
     raw_logprobs: Float32Array | None = None  # [R], at temperature 1 without cuts; None where they are the same
+    reward: float | None = None  # of the task; None where there is none
 
     @property
     def ids_hash(self) -> int:

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from opd_cache.config import ModelConfig, PromptsConfig
 from opd_cache.errors import ConfigError, MismatchError
-from opd_cache.evals.grade import extract, is_same_answer, pass_at_k
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
+from opd_cache.grade import extract, is_same_answer, pass_at_k
 from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prompts, take_in_prompts
 from opd_cache.rollout.samples import Sampler
 from opd_cache.rollout.stage import sample_shards

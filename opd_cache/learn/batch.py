@@ -1,7 +1,12 @@
-"""From joined rows to tensors. The shift between a token and the position that predicts it happens here and nowhere else."""
+"""From joined rows to tensors: which rank learns which rows, in which micro-batches.
+
+The shift between a token and the position that predicts it happens here and nowhere else. Every rank sees the whole
+global batch and comes to the same division, so that nothing has to be agreed upon.
+"""
 
 # B sequences, T positions, N response tokens of all sequences in a row, K teacher top-k
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,33 +15,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd_cache.models import padded
 from opd_cache.store.join import Joined
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward. Per-token tensors are packed: N response tokens, sequence after sequence."""
+    """One forward and backward. Per-token tensors are flat: N response tokens, sequence after sequence.
+
+    Padded: attention_mask_BT marks the real positions. Packed: B is 1, the sequences stand behind each other without
+    padding and position_ids_BT starts at 0 for each.
+    """
 
     input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    row_N: Tensor  # sequence of each response token
-    position_N: Tensor  # the position whose hidden state predicts it: one before its own
+    attention_mask_BT: Tensor | None
+    position_ids_BT: Tensor | None
+    predictor_N: Tensor  # flat index into [B * T] of the position whose hidden state predicts the token
+    row_N: Tensor  # which sequence of the micro-batch each token belongs to
     target_ids_N: Tensor
     sampling_logprobs_N: Tensor
     teacher_logprobs_N: Tensor
     topk_ids_NK: Tensor
     topk_logprobs_NK: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.target_ids_N)
+    reward_advantages_N: Tensor
+    counts: bool = True  # False: runs only so that this rank takes part in every collective, with a loss of 0
 
 
-def global_batches(rows: Iterable[Joined], size: int) -> Iterator[list[Joined]]:
-    """Slices of the planned order; the last one may be short."""
+def global_batches(rows: Iterable[Joined], sizes: Iterable[int]) -> Iterator[list[Joined]]:
+    """Slices of the planned order."""
     iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    for size in sizes:
+        yield list(islice(iterator, size))
 
 
 def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]:
@@ -50,42 +59,103 @@ def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]
     ]
 
 
-def micro_batches(rows: Sequence[Joined], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Micro-batches of at most `max_tokens` padded tokens, longest rows first so that neighbours need little padding."""
-    by_length = sorted(rows, key=lambda row: -row[0].num_tokens)
-    start = 0
-    while start < len(by_length):
-        width = by_length[start][0].num_tokens
-        count = max(1, max_tokens // width)
-        yield _micro_batch(by_length[start : start + count], device)
+def divide(lengths: Sequence[int], world: int, max_tokens: int, packed: bool) -> list[list[list[int]]]:
+    """Micro-batches of row indices for every rank, of at most `max_tokens` tokens each (or one longer row).
+
+    Longest first, each row to the rank with the least tokens so far. A padded micro-batch costs its longest row times
+    its rows, so neighbours by length share one; a packed one costs the sum.
+    """
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    loads = [(0, rank) for rank in range(world)]
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        load, rank = heapq.heappop(loads)
+        ranks[rank].append(row)
+        heapq.heappush(loads, (load + lengths[row], rank))
+    split = _packs if packed else _runs_of_neighbours
+    return [split(rows, lengths, max_tokens) for rows in ranks]
+
+
+def _runs_of_neighbours(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    runs, start = [], 0
+    while start < len(rows):
+        count = max(1, max_tokens // lengths[rows[start]])
+        runs.append(rows[start : start + count])
         start += count
+    return runs
 
 
-def _micro_batch(rows: Sequence[Joined], device: torch.device) -> MicroBatch:
-    width = max(rollout.num_tokens for rollout, _ in rows)
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    row_index, position = [], []
-    for b, (rollout, _) in enumerate(rows):
-        prompt, response = len(rollout.prompt_ids), len(rollout.response_ids)
-        ids[b, :prompt] = rollout.prompt_ids
-        ids[b, prompt : prompt + response] = rollout.response_ids
-        mask[b, : prompt + response] = 1
-        row_index.append(np.full(response, b))
-        # logits at i − 1 predict token i
-        position.append(np.arange(prompt - 1, prompt + response - 1))
+def _packs(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First fit, longest first."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for row in rows:
+        place = next((index for index, free in enumerate(room) if free >= lengths[row]), None)
+        if place is None:
+            packs.append([row])
+            room.append(max_tokens - lengths[row])
+        else:
+            packs[place].append(row)
+            room[place] -= lengths[row]
+    return packs
 
-    def packed(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays))).to(device, dtype)
 
+def micro_batches(
+    rows: Sequence[Joined],
+    rewards: Sequence[float],
+    max_tokens: int,
+    packed: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches, as many on every rank: where one has fewer, it runs others that do not count.
+
+    rewards: group-normalised advantage of each row.
+    """
+    if not rows:
+        return
+    parts = divide([rollout.num_tokens for rollout, _ in rows], world, max_tokens, packed)
+    for index in range(max(len(part) for part in parts)):
+        mine = parts[rank][index] if index < len(parts[rank]) else None
+        # The first rank's last micro-batch is among the cheapest there are.
+        chosen = mine or parts[0][-1][-1:]
+        yield _micro_batch([rows[i] for i in chosen], [rewards[i] for i in chosen], packed, counts=mine is not None)
+
+
+def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], packed: bool, counts: bool) -> MicroBatch:
+    sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout, _ in rows]
+    prompts = [len(rollout.prompt_ids) for rollout, _ in rows]
+    responses = [len(rollout.response_ids) for rollout, _ in rows]
+    lengths = [len(sequence) for sequence in sequences]
+    if packed:
+        ids, mask = padded([np.concatenate(sequences)], "right", torch.device("cpu"))[0], None
+        positions = _tensor([np.arange(length) for length in lengths], torch.int64)[None]
+        starts = np.cumsum([0, *lengths[:-1]])
+    else:
+        ids, mask = padded(sequences, "right", torch.device("cpu"))
+        positions = None
+        starts = np.arange(len(rows)) * ids.shape[1]
+    # logits at i − 1 predict token i
+    predictors = [
+        start + np.arange(prompt - 1, prompt + response - 1)
+        for start, prompt, response in zip(starts, prompts, responses, strict=True)
+    ]
     return MicroBatch(
-        input_ids_BT=torch.from_numpy(ids).to(device),
-        attention_mask_BT=torch.from_numpy(mask).to(device),
-        row_N=packed(row_index, torch.int64),
-        position_N=packed(position, torch.int64),
-        target_ids_N=packed((rollout.response_ids for rollout, _ in rows), torch.int64),
-        sampling_logprobs_N=packed((rollout.sampling_logprobs for rollout, _ in rows), torch.float32),
-        teacher_logprobs_N=packed((score.teacher_logprobs for _, score in rows), torch.float32),
-        topk_ids_NK=packed((score.topk_ids for _, score in rows), torch.int64),
-        topk_logprobs_NK=packed((score.topk_logprobs for _, score in rows), torch.float32),
+        input_ids_BT=ids,
+        attention_mask_BT=mask,
+        position_ids_BT=positions,
+        predictor_N=_tensor(predictors, torch.int64),
+        row_N=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(responses)),
+        target_ids_N=_tensor([rollout.response_ids for rollout, _ in rows], torch.int64),
+        sampling_logprobs_N=_tensor([rollout.sampling_logprobs for rollout, _ in rows], torch.float32),
+        teacher_logprobs_N=_tensor([score.teacher_logprobs for _, score in rows], torch.float32),
+        topk_ids_NK=_tensor([score.topk_ids for _, score in rows], torch.int64),
+        topk_logprobs_NK=_tensor([score.topk_logprobs for _, score in rows], torch.float32),
+        reward_advantages_N=torch.repeat_interleave(
+            torch.tensor(rewards, dtype=torch.float32), torch.tensor(responses)
+        ),
+        counts=counts,
     )
+
+
+def _tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(dtype)

@@ -81,10 +81,12 @@ def latest_checkpoint(learn_folder: Path, plan_digest: str) -> Path | None:
     return found[-1]
 
 
-def remove_checkpoints(learn_folder: Path, older_than: Path | None = None) -> None:
-    """Drop checkpoints that a later one, or the policy, has made useless."""
-    for folder in learn_folder.glob("checkpoint-*"):
-        if older_than is None or folder.name < older_than.name:
+def remove_checkpoints(learn_folder: Path, keep_last: int = 0, keep_every: int | None = None) -> None:
+    """Drop the checkpoints that later ones, or the policy, have made useless: all but the newest `keep_last`, and those
+    at multiples of `keep_every` steps."""
+    found = sorted(learn_folder.glob("checkpoint-*"))
+    for folder in found[: len(found) - keep_last]:
+        if keep_every is None or int(folder.name.rpartition("-")[2]) % keep_every:
             # The manifest goes first: what is half removed is no checkpoint any more.
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from opd_cache import registry
-from opd_cache.errors import MismatchError, MissingInputError
+from opd_cache.errors import FirstRankFailedError, TryAgainError
 from opd_cache.learn.batch import global_batches
 from opd_cache.learn.checkpoint import (
     STEPS,
@@ -25,8 +25,14 @@ from opd_cache.learn.checkpoint import (
     write_state,
 )
 from opd_cache.learn.engine import Engine
+from opd_cache.learn.inputs import open_sources, with_known_ids
+from opd_cache.learn.loggers import open_loggers
+from opd_cache.learn.losses import resolve_loss
 from opd_cache.learn.plan import LearnPlan, plan_facts, plan_learning
+from opd_cache.learn.ranks import ALONE, Ranks
 from opd_cache.learn.step import Trainer
+from opd_cache.learn.stop import StopRequest, noted_signals
+from opd_cache.learn.stream import Source, planned_rows, read_ahead
 from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
 from opd_cache.run import Run
@@ -34,63 +40,72 @@ from opd_cache.run_dir import PLAN, SCHEMA_VERSION
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stage import write_note
-from opd_cache.store.join import Joined, join_stages
-from opd_cache.store.plans import load_rollout_plan, rollout_shards, score_shards, stage_command
 from opd_cache.store.publish import fsync_folder, make_folder, publish_json
-from opd_cache.store.shards import ShardSet, write_table
+from opd_cache.store.shards import write_table
 
 log = logging.getLogger(__name__)
 
 
-def new_engine(run: Run) -> Engine:
+@dataclass(frozen=True)
+class Lesson:
+    """An episode's learning as it stands: found by the first rank, known to all."""
+
+    plan: LearnPlan
+    about: dict[str, Any]  # what every checkpoint of it says of itself
+    sources: list[Source]
+    folder: Path  # where its weights are now
+    state: TrainerState
+
+
+def new_engine(run: Run, ranks: Ranks = ALONE) -> Engine:
     """The recipe's engine, without a model yet."""
     options = run.recipe.learn
-    return registry.load(registry.ENGINES, options.engine, "learn.engine")(options, run.recipe.student)
+    return registry.load(registry.ENGINES, options.engine, "learn.engine")(options, run.recipe.student, ranks)
 
 
-def learn_episode(run: Run, episode: int, engine: Engine) -> bool:
+def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) -> bool:
     """Train the student on an episode's joined shards and publish its policy; True once it is there.
 
-    Goes on from the newest checkpoint inside the episode. Raises MissingInputError when rollouts or scores are not
-    complete, MismatchError when the plan changed or the loss needs top-k entries that the cache does not have.
+    Goes on from the newest checkpoint inside the episode. Only the first rank writes. Raises MissingInputError when
+    rollouts or scores are not complete, MismatchError when the plan changed or the loss needs what the cache does not
+    have, TryAgainError after a signal to stop, once a checkpoint is there.
     """
-    if run.has_policy(episode + 1):
-        run.is_learned(episode)  # refuses a policy that was trained from another one
-        _link_steps(run, episode)
-        remove_checkpoints(run.dir.learn(episode))
-        return True
     start = time.monotonic()
-    rollouts, scores, inputs = _open_inputs(run, episode)
-    plan, about = _publish_plan(run, episode, inputs)
-    source, state = _where_to_start(run, episode, plan, about["plan"])
-    with explained_memory_errors("learn.max_tokens_per_micro_batch", run.recipe.learn.max_tokens_per_micro_batch):
+    lesson = ranks.from_first(lambda: _open_lesson(run, episode))
+    if lesson is None:
+        return True
+    limit = run.recipe.learn.max_tokens_per_micro_batch
+    with explained_memory_errors("learn.max_tokens_per_micro_batch", limit), noted_signals() as request:
         # The initial student may be the policy of another run: its weights count, its optimizer does not.
-        engine.load(source, with_optimizer=source != run.policy_folder(0))
-        state = _train(run, episode, engine, plan, join_stages(rollouts, scores, state.cursor), state, about)
-    _publish_policy(run, episode, engine, state, about)
-    tokens = sum(row["tokens"] for row in state.steps)
-    if tokens == 0:
-        log.warning("learn   episode %d | no rollout had a token to learn from; the policy is unchanged", episode)
-    note = {
-        "stage": "learn",
-        "steps": len(state.steps),
-        "tokens": tokens,
-        "seconds": round(time.monotonic() - start, 4),
-    }
-    write_note(run.dir.log_folder("learn", f"episode={episode}"), "learn", note)
+        engine.load(lesson.folder, with_optimizer=lesson.folder != run.policy_folder(0))
+        state = _train(run, episode, engine, ranks, lesson, request)
+        _publish_policy(run, episode, engine, ranks, replace(lesson, state=state))
+    if ranks.is_first:
+        _write_note(run, episode, ranks, state, time.monotonic() - start)
     return True
 
 
-def _publish_plan(run: Run, episode: int, inputs: dict[str, Any]) -> tuple[LearnPlan, dict[str, Any]]:
-    """Fix what this episode's learning does; returns it with what every checkpoint of it says of itself."""
+def _open_lesson(run: Run, episode: int) -> Lesson | None:
+    """What is to be done, with the plan published; None when the policy is there already."""
+    if run.has_policy(episode + 1):
+        run.is_learned(episode)  # refuses a policy that was trained from another one
+        _finish(run, episode)
+        return None
+    loss = resolve_loss(run.recipe.learn.loss)
+    sources, facts = open_sources(run, episode, loss)
     first_step = read_state(run.policy_folder(episode)).step if episode > 0 else 0
-    plan = plan_learning(run.recipe, load_rollout_plan(run.dir.episode(episode)), first_step)
+    num_rows = sum(source.num_rows for source in sources)
+    groups = [source.rows_per_prompt for source in sources]
+    plan = plan_learning(run.recipe, episode, num_rows, groups, loss.needs_reward, first_step)
     folder = run.dir.learn(episode)
     identity = {"schema_version": SCHEMA_VERSION, "run_id": run.run_id}
-    facts = {**identity, "episode": episode, **plan_facts(plan, run.recipe.learn, inputs)}
+    parent = run.policy_fingerprint(episode)
+    inputs = {"teacher": run.recipe.learning_teacher(), "policy": parent, "sources": facts}
+    content = {**identity, "episode": episode, **plan_facts(plan, run.recipe.learn, inputs)}
     remedy = f"Set it back, or move {folder} away to learn the episode again."
-    digest = publish_json(folder / PLAN, facts, f"the learning of episode {episode}", remedy)
-    return plan, {**identity, "policy_version": episode + 1, "plan": digest, "parent": inputs["policy"]}
+    digest = publish_json(folder / PLAN, content, f"the learning of episode {episode}", remedy)
+    about = {**identity, "policy_version": episode + 1, "plan": digest, "parent": parent}
+    return Lesson(plan, about, sources, *_where_to_start(run, episode, plan, digest))
 
 
 def _where_to_start(run: Run, episode: int, plan: LearnPlan, plan_digest: str) -> tuple[Path, TrainerState]:
@@ -106,86 +121,105 @@ def _where_to_start(run: Run, episode: int, plan: LearnPlan, plan_digest: str) -
     return run.policy_folder(episode), TrainerState(plan.first_step, 0, [])
 
 
-def _publish_policy(run: Run, episode: int, engine: Engine, state: TrainerState, about: dict[str, Any]) -> None:
-    def fill(target: Path) -> None:
-        engine.save(target)
-        write_state(target, TrainerState(state.step, 0, []))
-        _write_steps(target / TRAINER / STEPS, state.steps)
-
-    final = run.dir.policy_after(episode)
-    if publish_checkpoint(final, about, fill):
-        engine.saved_as(final)
-    _link_steps(run, episode)
-    remove_checkpoints(run.dir.learn(episode))
-
-
-def _open_inputs(run: Run, episode: int) -> tuple[ShardSet, ShardSet, dict[str, Any]]:
-    """The episode's sealed rollouts and scores, checked against each other."""
-    target, teacher = run.dir.episode(episode), run.recipe.learning_teacher()
-    for path, stage in ((target.plan, "rollout"), (target.scores(teacher) / PLAN, "score")):
-        if not path.exists():
-            raise MissingInputError(f"{path}: not there. Run: {stage_command(stage, target)}")
-    plan = load_rollout_plan(target)
-    rollouts, scores = rollout_shards(target, plan), score_shards(target, plan, teacher)
-    rollouts_seal, scores_seal = rollouts.open_seal(), scores.open_seal()
-    if scores.about["rollouts"] != rollouts_seal:
-        raise MismatchError(
-            f"{scores.folder}: the scores were made from other rollouts than {rollouts.folder} now holds. Move the folder away and run: {scores.remedy}"
-        )
-    if plan.policy != (found := run.policy_fingerprint(episode)):
-        raise MismatchError(
-            f"{target.plan}: sampled by policy {plan.policy[:12]}, but the policy of version {episode} is {found[:12]}. Move {target.path} away and run: {rollouts.remedy}"
-        )
-    loss = registry.load(registry.LOSSES, run.recipe.learn.loss.name, "learn.loss.name")
-    if loss.needs_topk and not scores.about["top_k"]:
-        raise MismatchError(
-            f"learn.loss.name = {run.recipe.learn.loss.name!r} needs the teacher's top k, but {scores.folder} was scored with score.top_k=0. Use reverse_kl_pg, or score again with score.top_k=8 in another run_dir."
-        )
-    return (
-        rollouts,
-        scores,
-        {"teacher": teacher, "policy": plan.policy, "rollouts": rollouts_seal, "scores": scores_seal},
-    )
-
-
-def _train(
-    run: Run,
-    episode: int,
-    engine: Engine,
-    plan: LearnPlan,
-    rows: Iterator[Joined],
-    state: TrainerState,
-    about: dict[str, Any],
-) -> TrainerState:
+def _train(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson, request: StopRequest) -> TrainerState:
     """Run the remaining steps; checkpoints on the way where the recipe wants them."""
-    config = run.recipe.learn
-    trainer = Trainer(run.recipe, engine, policy_version=episode)
-    batches = global_batches(rows, config.train_batch_size)
-    with StageProgress("learn", f"episode {episode}", plan.num_steps - len(state.steps), "steps") as progress:
-        while len(state.steps) < plan.num_steps:
-            waiting = time.monotonic()
-            batch = next(batches)
+    config, plan, state = run.recipe.learn, lesson.plan, lesson.state
+    trainer = Trainer(run.recipe, engine, episode, ranks)
+    done = len(state.steps)
+    rows = planned_rows(lesson.sources, config.epochs_per_episode, state.cursor)
+    known = with_known_ids(rows, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)
+    names = (config.loggers or []) if ranks.is_first else []
+    with (
+        read_ahead(global_batches(known, plan.batch_sizes()[done:])) as batches,
+        StageProgress("learn", f"episode {episode}", plan.num_steps - done, "steps") as progress,
+        open_loggers(names, run.dir.logs, run.run_id, run.recipe.to_dict(), state.step) as loggers,
+    ):
+        waiting = time.monotonic()
+        for batch in batches:
             read_s = time.monotonic() - waiting
             metrics = trainer.step(batch, state.step, plan.learning_rate(state.step, config), read_s)
             state = TrainerState(state.step + 1, state.cursor + len(batch), [*state.steps, metrics])
-            progress.advance(1, metrics["tokens"])
-            _log_step(episode, plan, state, metrics)
-            every = config.checkpoint_every_steps
-            if every and len(state.steps) % every == 0 and len(state.steps) < plan.num_steps:
-                _publish_inner_checkpoint(run, episode, engine, state, about)
+            if ranks.is_first:
+                progress.advance(1, metrics["tokens"])
+                _log_step(episode, plan, state, metrics)
+                for logger in loggers:
+                    logger.log(state.step, {name: value for name, value in metrics.items() if value is not None})
+            is_stopped = ranks.any(request.signal_name is not None)
+            if len(state.steps) < plan.num_steps:
+                if is_stopped or _checkpoint_is_due(run, len(state.steps)):
+                    _publish_inner_checkpoint(run, episode, engine, ranks, lesson, state)
+                if is_stopped:
+                    raise _stopped(request, ranks, episode, len(state.steps), plan)
+            waiting = time.monotonic()
     return state
 
 
+def _checkpoint_is_due(run: Run, step: int) -> bool:
+    config = run.recipe.learn
+    return any(every and step % every == 0 for every in (config.checkpoint_every_steps, config.keep_every))
+
+
+def _stopped(request: StopRequest, ranks: Ranks, episode: int, step: int, plan: LearnPlan) -> Exception:
+    if not ranks.is_first:
+        return FirstRankFailedError(TryAgainError.exit_status)
+    return TryAgainError(
+        f"stopped by {request.signal_name or 'a signal to another rank'} after step {step} of {plan.num_steps} of episode {episode}; a checkpoint is there and the same command goes on from it."
+    )
+
+
 def _publish_inner_checkpoint(
-    run: Run, episode: int, engine: Engine, state: TrainerState, about: dict[str, Any]
+    run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson, state: TrainerState
 ) -> None:
+    final = run.dir.checkpoint(episode, len(state.steps))
+    _publish(final, engine, ranks, lesson.about, state)
+    if ranks.is_first:
+        remove_checkpoints(run.dir.learn(episode), run.recipe.learn.keep_last, run.recipe.learn.keep_every)
+
+
+def _publish_policy(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson) -> None:
+    final, state = run.dir.policy_after(episode), lesson.state
+    if _publish(final, engine, ranks, lesson.about, TrainerState(state.step, 0, []), steps=state.steps):
+        engine.saved_as(final)
+    if ranks.is_first:
+        _finish(run, episode)
+
+
+def _publish(
+    final: Path,
+    engine: Engine,
+    ranks: Ranks,
+    about: dict[str, Any],
+    state: TrainerState,
+    steps: list[dict[str, Any]] | None = None,
+) -> bool:
+    """Publish a checkpoint, with the metrics of its `steps` where it is a policy. All ranks give their parts."""
+
     def fill(target: Path) -> None:
         engine.save(target)
         write_state(target, state)
+        if steps is not None:
+            _write_steps(target / TRAINER / STEPS, steps)
 
-    final = run.dir.checkpoint(episode, len(state.steps))
-    publish_checkpoint(final, about, fill)
-    remove_checkpoints(run.dir.learn(episode), older_than=final)
+    won = False
+    if ranks.is_first:
+        won = publish_checkpoint(final, about, fill)
+    else:
+        engine.save(None)
+    return ranks.any(won)
+
+
+def _finish(run: Run, episode: int) -> None:
+    """Link the policy's steps where queries look, and drop the checkpoints that the policy has made useless."""
+    _link_steps(run, episode)
+    remove_checkpoints(run.dir.learn(episode), keep_every=run.recipe.learn.keep_every)
+
+
+def _write_note(run: Run, episode: int, ranks: Ranks, state: TrainerState, seconds: float) -> None:
+    tokens = sum(row["tokens"] for row in state.steps)
+    if tokens == 0:
+        log.warning("learn   episode %d | no rollout had a token to learn from; the policy is unchanged", episode)
+    note = {"stage": "learn", "steps": len(state.steps), "tokens": tokens, "seconds": round(seconds, 4)}
+    write_note(run.dir.log_folder("learn", f"episode={episode}"), "learn", {**note, "ranks": ranks.world})
 
 
 def _log_step(episode: int, plan: LearnPlan, state: TrainerState, metrics: dict[str, Any]) -> None:

@@ -8,51 +8,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_cache import registry
-from opd_cache.config import Recipe
+from opd_cache.config import ModelConfig, Recipe
 from opd_cache.fingerprint import model_folder
 from opd_cache.learn.batch import MicroBatch, micro_batches, rows_to_learn
 from opd_cache.learn.engine import Engine
-from opd_cache.learn.losses import Loss, TokenLogprobs, kl_penalty
+from opd_cache.learn.losses import resolve_loss, token_advantages
+from opd_cache.learn.objective import FIGURES, Objective, StepFacts, summarize
+from opd_cache.learn.ranks import Ranks
+from opd_cache.learn.rewards import group_advantages, mean_reward
+from opd_cache.learn.student import Student, on_device
+from opd_cache.models import autocast_dtype, load_model
 from opd_cache.store.join import Joined
 
 
 class Trainer:
     """Applies the recipe's loss with an engine. Holds no state between steps but the reference policy."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, policy_version: int) -> None:
-        self.config = recipe.learn
-        self.engine = engine
+    def __init__(self, recipe: Recipe, engine: Engine, policy_version: int, ranks: Ranks) -> None:
+        self.config, self.engine, self.ranks = recipe.learn, engine, ranks
         self.policy_version = policy_version
-        self.loss: Loss = registry.load(registry.LOSSES, self.config.loss.name, "learn.loss.name")
-        self.reference: Engine | None = None
-        if self.config.kl_coef > 0:
-            self.reference = registry.load(registry.ENGINES, self.config.engine, "learn.engine")(
-                self.config, recipe.student
-            )
-            self.reference.load(model_folder(recipe.student), with_optimizer=False)
+        self.loss = resolve_loss(self.config.loss)
+        self.reference: Student | None = None
+        # A LoRA adapter that is switched off leaves the initial student; anything else is a model of its own.
+        if self.config.kl_coef > 0 and (self.config.lora.rank is None or self.config.reference is not None):
+            self.reference = _load_reference(recipe, engine.device)
 
     def step(self, batch: Sequence[Joined], step: int, learning_rate: float, read_s: float) -> dict[str, Any]:
-        """Forward, backward and optimizer on one global batch; returns its row of steps.parquet.
+        """Forward, backward and optimizer on one global batch; returns its row of steps.parquet, whole on the first rank.
 
         The loss is the token mean over the global batch: every micro-batch is divided by the batch's token count,
-        so their number does not matter. A batch without a token to learn from changes nothing.
+        so neither their number nor that of the ranks matters. A batch without a token to learn from changes nothing.
         """
         start = time.monotonic()
         rows = rows_to_learn(batch, self.config.mask_truncated)
         num_tokens = sum(len(rollout.response_ids) for rollout, _ in rows)
-        collected = _Collected()
-        options = self.config.loss
-        mean, std = _advantage_moments(rows, options.advantage_clamp) if options.normalize_advantages else (0.0, 1.0)
-        for micro in micro_batches(rows, self.config.max_tokens_per_micro_batch, self.engine.device):
-            self._backward(micro, num_tokens, mean, std, collected)
+        figures = self._forward_backward(batch, rows, num_tokens)
         grad_norm = self.engine.optimizer_step(learning_rate) if num_tokens else 0.0
+        gathered = self.ranks.gather(figures)
+        whole = np.concatenate(gathered, axis=1) if gathered else figures
         compute_s = time.monotonic() - start
         return {
             "step": step + 1,
             "policy_version": self.policy_version,
-            **collected.summary(num_tokens),
-            **_batch_facts(batch),
+            **summarize(whole, num_tokens),
+            **self._batch_facts(batch),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "tokens": num_tokens,
@@ -61,87 +60,72 @@ class Trainer:
             "tokens_per_s": num_tokens / max(read_s + compute_s, 1e-9),
         }
 
-    def _backward(self, micro: MicroBatch, num_tokens: int, mean: float, std: float, collected: "_Collected") -> None:
-        student_N, student_topk_NK, entropy_N = self.engine.logprobs(micro)
-        tokens = TokenLogprobs(
-            target_ids_N=micro.target_ids_N,
-            student_logprobs_N=student_N,
-            sampling_logprobs_N=micro.sampling_logprobs_N,
-            teacher_logprobs_N=micro.teacher_logprobs_N,
-            topk_ids_NK=micro.topk_ids_NK,
-            topk_logprobs_NK=micro.topk_logprobs_NK,
-            student_topk_logprobs_NK=student_topk_NK,
-            advantage_mean=mean,
-            advantage_std=std,
+    def _forward_backward(self, batch: Sequence[Joined], rows: Sequence[Joined], num_tokens: int) -> np.ndarray:
+        mean, std = self._advantage_moments(rows)
+        facts = StepFacts(num_tokens, mean, std, gradients_are_averaged_over=self.ranks.world)
+        rewards = group_advantages(batch, rows) if self.loss.needs_reward else [0.0] * len(rows)
+        micros = micro_batches(
+            rows,
+            rewards,
+            self.config.max_tokens_per_micro_batch,
+            packed=self.engine.packs,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
-        result = self.loss.compute(tokens, self.config.loss)
-        loss_N = result.loss_N
-        penalty_N = torch.zeros_like(loss_N)
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_N, _, _ = self.reference.logprobs(micro)
-            penalty_N = kl_penalty(student_N, reference_N, self.config.kl_estimator)
-            loss_N = loss_N + self.config.kl_coef * penalty_N
-        self.engine.backward(loss_N.sum() / num_tokens)
-        collected.add(tokens, loss_N, penalty_N, result.clipped_N, entropy_N)
+        figures = [np.zeros((len(FIGURES), 0), np.float32)]
+        micro = next(micros, None)
+        while micro is not None:
+            following = next(micros, None)
+            moved = on_device(micro, self.engine.device)
+            objective = Objective(
+                self.loss, self.config, facts, moved, self.engine.vocab_size, self._reference_logprobs(moved)
+            )
+            self.engine.forward_backward(moved, objective, is_last=following is None)
+            figures.append(objective.figures())
+            micro = following
+        return np.concatenate(figures, axis=1)
 
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self.config.kl_coef == 0:
+            return None
+        return self.reference.sampled_logprobs(batch) if self.reference else self.engine.reference_logprobs(batch)
 
-class _Collected:
-    """Per-token figures of one global batch, on the CPU."""
-
-    def __init__(self) -> None:
-        self.pieces: list[np.ndarray] = []  # [6, N] each
-
-    def add(
-        self, tokens: TokenLogprobs, loss_N: Tensor, penalty_N: Tensor, clipped_N: Tensor, entropy_N: Tensor
-    ) -> None:
-        student_N = tokens.student_logprobs_N.detach()
-        ratio_N = (student_N - tokens.sampling_logprobs_N).exp()
-        rows = (
-            loss_N.detach(),
-            student_N - tokens.teacher_logprobs_N,
-            ratio_N,
-            clipped_N.float(),
-            entropy_N,
-            penalty_N.detach(),
+    def _advantage_moments(self, rows: Sequence[Joined]) -> tuple[float, float]:
+        """Mean and deviation over the global batch of the advantages under the student that sampled: known before any
+        forward pass, so the same for every micro-batch size and number of ranks."""
+        if not rows or not self.config.loss.normalize_advantages:
+            return 0.0, 1.0
+        sampled = [
+            rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs for rollout, _ in rows
+        ]
+        advantages_N, _ = token_advantages(
+            torch.from_numpy(np.concatenate([score.teacher_logprobs for _, score in rows])).double(),
+            torch.from_numpy(np.concatenate(sampled)).double(),
+            torch.from_numpy(np.repeat(np.arange(len(rows)), [len(values) for values in sampled])),
+            self.config.loss,
         )
-        self.pieces.append(torch.stack([row.float() for row in rows]).cpu().numpy())
+        return float(advantages_N.mean()), float(advantages_N.std(correction=0))
 
-    def summary(self, num_tokens: int) -> dict[str, float]:
-        figures = np.concatenate(self.pieces, axis=1).astype(np.float64) if self.pieces else np.zeros((6, 1))
-        loss, reverse_kl, ratio, clipped, entropy, penalty = figures
+    def _batch_facts(self, batch: Sequence[Joined]) -> dict[str, Any]:
         return {
-            "loss": loss.sum() / max(num_tokens, 1),
-            "reverse_kl": reverse_kl.mean(),
-            "reverse_kl_p50": float(np.quantile(reverse_kl, 0.5)),
-            "reverse_kl_p99": float(np.quantile(reverse_kl, 0.99)),
-            "ratio_mean": ratio.mean(),
-            "ratio_max": ratio.max(),
-            "clipped_share": clipped.mean(),
-            "entropy": entropy.mean(),
-            "kl_penalty": penalty.mean(),
+            "rollouts": len(batch),
+            "staleness": float(np.mean([self.policy_version - rollout.policy_version for rollout, _ in batch])),
+            "reward": mean_reward(batch),
+            "response_length": float(np.mean([len(rollout.response_ids) for rollout, _ in batch])),
+            "truncated_share": float(np.mean([rollout.finish_reason == "length" for rollout, _ in batch])),
+            "error_share": float(np.mean([score.error is not None for _, score in batch])),
         }
 
 
-def _advantage_moments(rows: Sequence[Joined], clamp: float | None) -> tuple[float, float]:
-    """Mean and deviation over the global batch of the advantages under the student that sampled: known before any
-    forward pass, so the same for every micro-batch size. Clamped as the advantages are."""
-    if not rows:
-        return 0.0, 1.0
-    pieces = []
-    for rollout, score in rows:
-        student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
-        pieces.append(score.teacher_logprobs.astype(np.float64) - student)
-    advantages = np.concatenate(pieces)
-    if clamp is not None:
-        advantages = advantages.clip(-clamp, clamp)
-    return float(advantages.mean()), float(advantages.std())
-
-
-def _batch_facts(batch: Sequence[Joined]) -> dict[str, Any]:
-    return {
-        "rollouts": len(batch),
-        "response_length": float(np.mean([len(rollout.response_ids) for rollout, _ in batch])),
-        "truncated_share": float(np.mean([rollout.finish_reason == "length" for rollout, _ in batch])),
-        "error_share": float(np.mean([score.error is not None for _, score in batch])),
-    }
+def _load_reference(recipe: Recipe, device: torch.device) -> Student:
+    student = recipe.student
+    source = recipe.learn.reference or str(model_folder(student))
+    dtype = autocast_dtype(recipe.learn.precision, device) or torch.float32
+    config = ModelConfig(
+        model=source,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        attn_implementation=student.attn_implementation,
+        trust_remote_code=student.trust_remote_code,
+    )
+    return Student(load_model(config, "reference policy").frozen())

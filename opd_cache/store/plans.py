@@ -42,6 +42,7 @@ class RolloutPlan:
     n_samples_per_prompt: int
     prompts_per_shard: int
     sampling: SamplingPlan
+    reward: dict[str, Any] | None = None  # the task reward's name and settings
 
     @property
     def num_shards(self) -> int:

@@ -12,8 +12,8 @@ from helpers import write_jsonl
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError
-from opd_cache.evals.grade import extract, is_same_answer, pass_at_k
 from opd_cache.evals.stage import _take_in_prompts, evaluate_policy, evaluate_teacher, summarize
+from opd_cache.grade import extract, is_same_answer, pass_at_k
 from opd_cache.recipes import load_recipe
 from opd_cache.run import Run, open_run
 from opd_cache.run_dir import RunDir

@@ -15,11 +15,13 @@ from helpers import complete, save_model, tiny_qwen2
 
 from opd_cache.config import ModelConfig, Recipe
 from opd_cache.errors import DivergedError, MismatchError
-from opd_cache.learn.batch import micro_batches, rows_to_learn
+from opd_cache.learn.batch import MicroBatch, micro_batches, rows_to_learn
 from opd_cache.learn.checkpoint import verify_checkpoint
 from opd_cache.learn.engines.torch import TorchEngine
-from opd_cache.learn.logprobs import gather_logprobs
+from opd_cache.learn.losses import TokenLogprobs, TokenLoss, resolve_loss
+from opd_cache.learn.objective import Objective, StepFacts
 from opd_cache.learn.plan import LearnPlan
+from opd_cache.learn.ranks import ALONE
 from opd_cache.learn.stage import learn_episode, new_engine
 from opd_cache.learn.step import Trainer
 from opd_cache.run import Run, open_run
@@ -51,13 +53,13 @@ def gradients_of_a_step(
     taken: dict[str, torch.Tensor] = {}
 
     def keep_gradients(learning_rate: float) -> float:
-        parameters = engine.model.module.named_parameters()
+        parameters = engine.student.module.named_parameters()
         taken.update({name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None})
         engine.optimizer.zero_grad()
         return 0.0
 
     engine.optimizer_step = keep_gradients  # type: ignore[method-assign]
-    metrics = Trainer(recipe, engine, policy_version=0).step(rows, 0, 1e-3, read_s=0.0)
+    metrics = Trainer(recipe, engine, 0, ALONE).step(rows, 0, 1e-3, read_s=0.0)
     return taken, metrics
 
 
@@ -83,7 +85,7 @@ def test_the_gradient_equals_the_plain_formula_over_full_logits(
     found, metrics = gradients_of_a_step(
         finished_run, engine, rows, loss=replace(finished_run.recipe.learn.loss, name="reverse_kl_pg")
     )
-    module = engine.model.module
+    module = engine.student.module
     total = sum(len(rollout.response_ids) for rollout, _ in rows)
     plain = torch.zeros(())
     for rollout, score in rows:
@@ -102,37 +104,40 @@ def test_the_gradient_equals_the_plain_formula_over_full_logits(
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_chunked_logprobs_and_their_gradients_equal_the_plain_ones(engine: TorchEngine) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(50, 32, generator=generator)
-    ids = torch.randint(0, 258, (50, 4), generator=generator)
-    results = []
-    for chunk in (50, 7, 1):
-        leaf = hidden.clone().requires_grad_()
-        logprobs, entropy = gather_logprobs(engine.model, leaf, ids, rows_per_chunk=chunk)
-        logprobs.square().sum().backward()
-        results.append((logprobs.detach(), entropy, leaf.grad, engine.model.head.weight.grad.clone()))
-        engine.model.head.weight.grad = None
-    for other in results[1:]:
-        for expected, found in zip(results[0], other, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    plain = engine.model.logits(hidden).double().log_softmax(-1)
-    torch.testing.assert_close(results[0][0].double(), plain.gather(-1, ids).detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(results[0][1].double(), -(plain.exp() * plain).sum(-1).detach(), atol=1e-5, rtol=0)
+def student_logprobs(run: Run, engine: TorchEngine, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs of the sampled tokens [N], at the teacher's top k [N, K]) as a loss sees them."""
+    loss = resolve_loss(run.recipe.learn.loss)
+    seen: list[torch.Tensor] = []
+
+    def compute(tokens: TokenLogprobs, options: object) -> TokenLoss:
+        seen.extend([tokens.student_logprobs_N.detach(), tokens.student_topk_logprobs_NK.detach()])
+        return TokenLoss(tokens.student_logprobs_N)
+
+    facts = StepFacts(len(micro.target_ids_N))
+    objective = Objective(replace(loss, compute=compute), run.recipe.learn, facts, micro, engine.vocab_size, None)
+    engine.student(micro, objective)
+    return seen[0], seen[1]
 
 
-def test_the_sampler_and_the_learner_agree_on_the_students_logprobs(rows: list[Joined], engine: TorchEngine) -> None:
-    for micro in micro_batches(rows_to_learn(rows, mask_truncated=False), 200, torch.device("cpu")):
-        student, at_topk, _ = engine.logprobs(micro)
-        torch.testing.assert_close(student.detach(), micro.sampling_logprobs_N, atol=2e-5, rtol=0)
+def one_micro_batch(rows: list[Joined], packed: bool = False) -> MicroBatch:
+    (micro,) = micro_batches(rows, [0.0] * len(rows), 10**6, packed)
+    return micro
+
+
+def test_the_sampler_and_the_learner_agree_on_the_students_logprobs(
+    finished_run: Run, rows: list[Joined], engine: TorchEngine
+) -> None:
+    for micro in micro_batches(rows_to_learn(rows, mask_truncated=False), [0.0] * len(rows), 200):
+        student, at_topk = student_logprobs(finished_run, engine, micro)
+        torch.testing.assert_close(student, micro.sampling_logprobs_N, atol=2e-5, rtol=0)
         assert at_topk.shape == micro.topk_logprobs_NK.shape
 
 
-def test_padding_equal_to_eos_changes_nothing(rows: list[Joined], engine: TorchEngine) -> None:
-    (micro,) = micro_batches(rows, 10**6, torch.device("cpu"))
+def test_padding_equal_to_eos_changes_nothing(finished_run: Run, rows: list[Joined], engine: TorchEngine) -> None:
+    micro = one_micro_batch(rows)
     padded = torch.where(micro.attention_mask_BT == 0, 1, micro.input_ids_BT)
-    expected, _, _ = engine.logprobs(micro)
-    found, _, _ = engine.logprobs(replace(micro, input_ids_BT=padded))
+    expected, _ = student_logprobs(finished_run, engine, micro)
+    found, _ = student_logprobs(finished_run, engine, replace(micro, input_ids_BT=padded))
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
@@ -170,11 +175,11 @@ def test_empty_error_and_masked_rows_carry_no_loss_and_are_counted(
 def test_a_batch_with_nothing_to_learn_is_a_zero_step(
     finished_run: Run, engine: TorchEngine, rows: list[Joined]
 ) -> None:
-    before = {name: value.clone() for name, value in engine.model.module.state_dict().items()}
-    metrics = Trainer(finished_run.recipe, engine, 0).step([_emptied(rows[0])], 0, 1e-3, read_s=0.0)
+    before = {name: value.clone() for name, value in engine.student.module.state_dict().items()}
+    metrics = Trainer(finished_run.recipe, engine, 0, ALONE).step([_emptied(rows[0])], 0, 1e-3, read_s=0.0)
     assert (metrics["loss"], metrics["tokens"], metrics["grad_norm"]) == (0.0, 0, 0.0)
-    assert all(np.isfinite(value) for value in metrics.values())
-    assert all(torch.equal(before[name], value) for name, value in engine.model.module.state_dict().items())
+    assert all(np.isfinite(value) for value in metrics.values() if value is not None)
+    assert all(torch.equal(before[name], value) for name, value in engine.student.module.state_dict().items())
 
 
 def test_normalized_advantages_use_the_moments_of_the_global_batch(
@@ -193,7 +198,7 @@ def test_every_row_is_learned_once_and_the_ragged_last_batch_counts(finished_run
     assert [row["step"] for row in table] == [1, 2, 3]
     assert [row["step"] for row in pq.read_table(finished_run.dir.steps(1)).to_pylist()] == [4, 5, 6]
     assert set(table[0]) == {column.name for column in STEPS}
-    assert all(np.isfinite(value) for row in table for value in row.values())
+    assert all(np.isfinite(value) for row in table for value in row.values() if value is not None)
     rollouts = pq.read_table(finished_run.dir.episode(0).rollouts, columns=["num_response_tokens"], partitioning=None)
     assert sum(row["tokens"] for row in table) == sum(rollouts["num_response_tokens"].to_pylist())
 
@@ -210,7 +215,7 @@ def test_the_first_step_of_an_episode_is_on_policy(finished_run: Run) -> None:
 ])  # fmt: skip
 def test_learning_rate_schedules(finished_run: Run, schedule: str, expected: list[float]) -> None:
     config = replace(finished_run.recipe.learn, learning_rate=1.0, lr_schedule=schedule, warmup_steps=1)
-    plan = LearnPlan(first_step=0, num_steps=4, total_steps=4)
+    plan = LearnPlan(first_step=0, num_steps=4, total_steps=4, batch_size=1, rows_per_epoch=4)
     assert [plan.learning_rate(step, config) for step in range(4)] == pytest.approx(expected, abs=1e-5)
 
 
@@ -218,7 +223,8 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradient(
     finished_run: Run, engine: TorchEngine, rows: list[Joined]
 ) -> None:
     expected, _ = gradients_of_a_step(finished_run, engine, rows)
-    other = TorchEngine(replace(finished_run.recipe.learn, gradient_checkpointing=True), finished_run.recipe.student)
+    options = replace(finished_run.recipe.learn, gradient_checkpointing=True)
+    other = TorchEngine(options, finished_run.recipe.student, ALONE)
     other.load(finished_run.policy_folder(0), with_optimizer=False)
     found, _ = gradients_of_a_step(finished_run, other, rows)
     for name, gradient in expected.items():
@@ -268,13 +274,13 @@ def test_changed_settings_inside_an_episode_are_refused(
 
 
 def test_top_k_ids_beyond_the_students_vocabulary_are_impossible_for_it(
-    rows: list[Joined], engine: TorchEngine
+    finished_run: Run, rows: list[Joined], engine: TorchEngine
 ) -> None:
-    (micro,) = micro_batches(rows, 10**6, torch.device("cpu"))
-    expected, at_topk, _ = engine.logprobs(micro)
+    micro = one_micro_batch(rows)
+    expected, at_topk = student_logprobs(finished_run, engine, micro)
     ids = micro.topk_ids_NK.clone()
     ids[:, 1] = 258
-    found, shifted, _ = engine.logprobs(replace(micro, topk_ids_NK=ids))
+    found, shifted = student_logprobs(finished_run, engine, replace(micro, topk_ids_NK=ids))
     torch.testing.assert_close(found, expected)
     assert (shifted[:, 1] == -torch.inf).all()
     torch.testing.assert_close(shifted[:, [0, 2, 3]], at_topk[:, [0, 2, 3]])
@@ -282,13 +288,13 @@ def test_top_k_ids_beyond_the_students_vocabulary_are_impossible_for_it(
 
 def test_gradient_checkpointing_leaves_no_dropout_on(finished_run: Run, rows: list[Joined], tmp_path: Path) -> None:
     folder = save_model(tiny_qwen2(seed=1, attention_dropout=0.3), tmp_path / "student")
-    engine = TorchEngine(
-        replace(finished_run.recipe.learn, gradient_checkpointing=True), ModelConfig(model=str(folder), device="cpu")
-    )
+    options = replace(finished_run.recipe.learn, gradient_checkpointing=True)
+    engine = TorchEngine(options, ModelConfig(model=str(folder), device="cpu"), ALONE)
     engine.load(folder, with_optimizer=False)
-    assert engine.model.module.training
-    (micro,) = micro_batches(rows, 10**6, torch.device("cpu"))
-    torch.testing.assert_close(engine.logprobs(micro)[0].detach(), micro.sampling_logprobs_N, atol=2e-5, rtol=0)
+    assert engine.student.module.training
+    micro = one_micro_batch(rows)
+    found, _ = student_logprobs(finished_run, engine, micro)
+    torch.testing.assert_close(found, micro.sampling_logprobs_N, atol=2e-5, rtol=0)
 
 
 def test_a_step_that_is_not_finite_ends_the_episode_without_a_policy(

@@ -1,0 +1,186 @@
+"""The LM head without its logits: log-probs of chosen ids, and the loss on them, chunk by chunk of response tokens.
+
+A [tokens, vocabulary] matrix in float32 is what fills a learner's memory. Here two buffers of one chunk are all that
+ever exists of it. The loss of a token depends on its own log-probs, so its gradient is known as soon as its chunk's
+logits are: both passes over a chunk happen while it is at hand, and nothing is computed twice. Only a loss that looks
+across the tokens of a response needs all log-probs first; its chunks are then computed again.
+"""
+
+# N response tokens, M gathered ids a token, H hidden size, V vocabulary; a chunk's tensors carry the same suffixes
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from opd_cache.errors import ModelError
+from opd_cache.models import LanguageModel
+
+# The weight and its gradient are read for every chunk, so that much fewer rows are bound by memory; much more only fill it.
+ROWS_PER_CHUNK = 256
+
+
+class TokenLosses(Protocol):
+    """What the head asks of a loss."""
+
+    looks_across: bool  # whether a token's loss depends on other tokens' log-probs
+
+    def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
+        """Sum of the losses of these tokens, given their log-probs (with gradient) and entropies (without)."""
+
+
+class Head:
+    """What turns hidden states into logits: scale · (W h + b), then the soft cap of the models that have one."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        if type(model.head) is not nn.Linear:
+            raise ModelError(
+                f"{model.source}: its LM head is a {type(model.head).__name__}; opd-cache trains models whose head is one linear layer."
+            )
+        self.linear = model.head
+        self.scale, self.softcap = model.logit_scale, model.softcap
+
+    def logits(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+        """[N, V] in float32, computed in the weight's dtype."""
+        logits_NV = nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
+        if self.scale != 1:
+            logits_NV.mul_(self.scale)
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
+    def grad_before_cap(self, grad_NV: Tensor, logits_NV: Tensor) -> Tensor:
+        """Gradient of W h + b from that of the logits, in place."""
+        if self.softcap is not None:
+            grad_NV.mul_(1 - (logits_NV / self.softcap).square_())
+        if self.scale != 1:
+            grad_NV.mul_(self.scale)
+        return grad_NV
+
+
+def head_logprobs(hidden_NH: Tensor, head: Head, ids_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probs [N, M] of the given ids, entropy [N]), nats, float32, without gradient."""
+    weight, bias = head.linear.weight, head.linear.bias
+    with torch.no_grad(), _plain_precision(weight) as dtype:
+        return _gather_all(
+            hidden_NH.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), head, ids_NM
+        )
+
+
+def head_loss(hidden_NH: Tensor, head: Head, ids_NM: Tensor, losses: TokenLosses) -> Tensor:
+    """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the head's weight."""
+    return _HeadLoss.apply(hidden_NH, head.linear.weight, head.linear.bias, head, ids_NM, losses)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are computed in the forward, where the logits are; the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        ids_NM: Tensor,
+        losses: TokenLosses,
+    ) -> Tensor:
+        with _plain_precision(weight_VH) as dtype:
+            hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
+            bias = None if bias_V is None else bias_V.to(dtype)
+            total = torch.zeros((), device=hidden.device)
+            grad_hidden = torch.empty_like(hidden)
+            # Summed over chunks in float32, whatever the weights are.
+            grad_weight, grad_bias = (
+                torch.zeros_like(parameter, dtype=torch.float32)
+                if parameter is not None and parameter.requires_grad
+                else None
+                for parameter in (weight_VH, bias_V)
+            )
+            known_NM: Tensor | None = None
+            if losses.looks_across:
+                total, known_NM = _loss_and_grad(
+                    losses, slice(0, len(ids_NM)), *_gather_all(hidden, weight, bias, head, ids_NM)
+                )
+            for rows in _chunks(len(hidden)):
+                logits_NV, probs_NV, logprobs_NM, entropy_N = _gather(head, hidden[rows], weight, bias, ids_NM[rows])
+                if known_NM is None:
+                    loss, grad_NM = _loss_and_grad(losses, rows, logprobs_NM, entropy_N)
+                    total = total + loss
+                else:
+                    grad_NM = known_NM[rows]
+                # d log p[m] / d logits = onehot(m) − p
+                grad_NV = probs_NV.mul_(-grad_NM.sum(-1, keepdim=True)).scatter_add_(-1, ids_NM[rows], grad_NM)
+                grad_NV = head.grad_before_cap(grad_NV, logits_NV).to(dtype)
+                torch.mm(grad_NV, weight, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad_NV.t(), hidden[rows])
+                if grad_bias is not None:
+                    grad_bias += grad_NV.sum(0)
+        ctx.grads = [
+            None if grad is None or parameter is None else grad.to(parameter.dtype)
+            for grad, parameter in ((grad_hidden, hidden_NH), (grad_weight, weight_VH), (grad_bias, bias_V))
+        ]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: the weight's gradient is the largest tensor of all.
+        grads = [None if grad is None else grad.mul_(outer[0]) for grad in ctx.grads]
+        del ctx.grads
+        return (*grads, None, None, None)
+
+
+@contextlib.contextmanager
+def _plain_precision(weight: Tensor) -> Iterator[torch.dtype]:
+    """The dtype to compute in, with autocast off: the head casts by itself what it needs, once."""
+    device = weight.device.type
+    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        yield wanted
+
+
+def _loss_and_grad(losses: TokenLosses, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = logprobs_NM.requires_grad_()
+        loss = losses(rows, leaf, entropy_N)
+        (grad_NM,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad_NM
+
+
+def _gather_all(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head, ids_NM: Tensor
+) -> tuple[Tensor, Tensor]:
+    logprobs_NM = torch.empty(ids_NM.shape, device=hidden_NH.device)
+    entropy_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
+    for rows in _chunks(len(hidden_NH)):
+        _, _, logprobs_NM[rows], entropy_N[rows] = _gather(head, hidden_NH[rows], weight_VH, bias_V, ids_NM[rows])
+    return logprobs_NM, entropy_N
+
+
+def _gather(
+    head: Head, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_NM: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits, probabilities, log-probs of the ids, entropy) of one chunk."""
+    logits_NV = head.logits(hidden_NH, weight_VH, bias_V)
+    probs_NV = logits_NV.softmax(-1)
+    # log Σ exp, from the likeliest token: its probability is at least 1/V, so that its logarithm is exact enough.
+    total_N1 = logits_NV.amax(-1, keepdim=True) - probs_NV.amax(-1, keepdim=True).log()
+    # A product of matrices, since a sum of products would need a third buffer.
+    mean_logit_N = torch.bmm(probs_NV[:, None, :], logits_NV[:, :, None]).flatten()
+    entropy_N = total_N1.squeeze(-1) - mean_logit_N
+    return logits_NV, probs_NV, logits_NV.gather(-1, ids_NM) - total_N1, entropy_N
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed over chunks in total's own precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunks(num_rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + ROWS_PER_CHUNK, num_rows)) for start in range(0, num_rows, ROWS_PER_CHUNK))

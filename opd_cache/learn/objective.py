@@ -1,0 +1,108 @@
+"""The recipe's loss on one micro-batch, as the LM head asks for it; and the per-token figures that it leaves behind."""
+
+# N response tokens, K teacher top-k, M = 1 + K gathered ids, F figures
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_cache.config import LearnConfig
+from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.losses import Loss, TokenLogprobs, kl_penalty
+
+FIGURES = ("loss", "reverse_kl", "ratio", "clipped", "clamped", "entropy", "penalty")
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What all micro-batches of a step share."""
+
+    num_tokens: int  # response tokens of the global batch: the normaliser
+    advantage_mean: float = 0.0
+    advantage_std: float = 1.0
+    gradients_are_averaged_over: int = 1  # ranks whose gradients an engine averages; the loss undoes it
+
+
+class Objective:
+    """Loss of a micro-batch: token sum divided by the global batch's tokens, so that micro-batches and ranks add up."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        config: LearnConfig,
+        facts: StepFacts,
+        batch: MicroBatch,
+        vocab_size: int,
+        reference_logprobs_N: Tensor | None,
+    ) -> None:
+        self.loss, self.config, self.facts, self.batch = loss, config, facts, batch
+        self.reference_logprobs_N = reference_logprobs_N
+        self.looks_across = loss.needs_responses
+        self.beyond_NK = batch.topk_ids_NK >= vocab_size
+        self.ids_NM = torch.cat([batch.target_ids_N[:, None], batch.topk_ids_NK.masked_fill(self.beyond_NK, 0)], dim=-1)
+        self._figures: list[Tensor] = []  # [F, N] of each chunk
+
+    def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
+        if not self.batch.counts:
+            return logprobs_NM.sum() * 0.0
+        batch = self.batch
+        tokens = TokenLogprobs(
+            target_ids_N=batch.target_ids_N[rows],
+            student_logprobs_N=logprobs_NM[:, 0],
+            sampling_logprobs_N=batch.sampling_logprobs_N[rows],
+            teacher_logprobs_N=batch.teacher_logprobs_N[rows],
+            topk_ids_NK=batch.topk_ids_NK[rows],
+            topk_logprobs_NK=batch.topk_logprobs_NK[rows],
+            student_topk_logprobs_NK=logprobs_NM[:, 1:].masked_fill(self.beyond_NK[rows], -torch.inf),
+            row_N=batch.row_N[rows],
+            reward_advantages_N=batch.reward_advantages_N[rows],
+            advantage_mean=self.facts.advantage_mean,
+            advantage_std=self.facts.advantage_std,
+        )
+        result = self.loss.compute(tokens, self.config.loss)
+        loss_N, penalty_N = result.loss_N, torch.zeros_like(result.loss_N)
+        if self.reference_logprobs_N is not None:
+            penalty_N = kl_penalty(tokens.student_logprobs_N, self.reference_logprobs_N[rows], self.config.kl_estimator)
+            loss_N = loss_N + self.config.kl_coef * penalty_N
+        student_N = tokens.student_logprobs_N.detach()
+        figures = (
+            loss_N.detach(),
+            student_N - tokens.teacher_logprobs_N,
+            (student_N - tokens.sampling_logprobs_N).exp(),
+            result.clipped_N.float(),
+            result.clamped_N.float(),
+            entropy_N,
+            penalty_N.detach(),
+        )
+        self._figures.append(torch.stack([figure.float() for figure in figures]))
+        return loss_N.sum() * (self.facts.gradients_are_averaged_over / self.facts.num_tokens)
+
+    def figures(self) -> np.ndarray:
+        """[F, N] of the tokens that counted, in the order of FIGURES."""
+        if not self._figures:
+            return np.zeros((len(FIGURES), 0), np.float32)
+        return torch.cat(self._figures, dim=1).cpu().numpy()
+
+
+def summarize(figures: np.ndarray, num_tokens: int) -> dict[str, float]:
+    """The columns of steps.parquet that come from per-token figures [F, N] of the whole global batch."""
+    if not num_tokens:
+        figures = np.zeros((len(FIGURES), 1))
+    by_name = dict(zip(FIGURES, figures.astype(np.float64), strict=True))
+    reverse_kl, ratio = by_name["reverse_kl"], by_name["ratio"]
+    squares = np.square(ratio).sum()
+    return {
+        "loss": by_name["loss"].sum() / max(num_tokens, 1),
+        "reverse_kl": reverse_kl.mean(),
+        "reverse_kl_p50": float(np.quantile(reverse_kl, 0.5)),
+        "reverse_kl_p99": float(np.quantile(reverse_kl, 0.99)),
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "ess": float(ratio.sum() ** 2 / (len(ratio) * squares)) if squares else 0.0,
+        "clipped_share": by_name["clipped"].mean(),
+        "clamped_share": by_name["clamped"].mean(),
+        "entropy": by_name["entropy"].mean(),
+        "kl_penalty": by_name["penalty"].mean(),
+    }

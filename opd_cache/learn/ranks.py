@@ -1,0 +1,118 @@
+"""The processes that learn together: who this one is, and the few things that they tell each other.
+
+Started by `opd-cache learn` itself (learn.num_ranks), by torchrun or by srun; gloo on CPUs, NCCL beside it on GPUs.
+"""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`. Every method but `device` is a collective: all ranks call it, in the same order."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # on its machine
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device for a recipe's `device`: with several ranks on a machine, each takes the GPU of its number."""
+        if self.world > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+            return f"cuda:{self.local_rank}"
+        return name
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank, on all. Where it raises, the others raise FirstRankFailedError."""
+        if self.world == 1:
+            return make()
+        try:
+            made: list[Any] = [make() if self.is_first else None, 0]
+        except Exception as error:
+            dist.broadcast_object_list([None, error.exit_status if isinstance(error, OpdCacheError) else 1])
+            raise
+        dist.broadcast_object_list(made)
+        if made[1]:
+            raise FirstRankFailedError(made[1])
+        return made[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order, on the first rank; elsewhere an empty list."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world if self.is_first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def any(self, fact: bool) -> bool:
+        """Whether it holds on any rank."""
+        if self.world == 1:
+            return fact
+        flag = torch.tensor(int(fact))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.any(False)
+
+
+ALONE = Ranks()
+
+
+def rank_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Who torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or srun says that this process is; else alone. Raises ConfigError."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        # A batch script without srun has a SLURM_PROCID, but no step of several tasks.
+        if names[0] in environment and names[1] in environment:
+            try:
+                rank, world, local = (int(environment.get(name, "0")) for name in names)
+            except ValueError as error:
+                raise ConfigError(f"{', '.join(names)} in the environment must be whole numbers: {error}.") from error
+            if world > 1:
+                return Ranks(rank, world, local)
+    return ALONE
+
+
+@contextlib.contextmanager
+def joined_ranks(ranks: Ranks, timeout_s: float) -> Iterator[Ranks]:
+    """Connect with the other ranks for as long as the block lasts."""
+    if ranks.world == 1:
+        yield ranks
+        return
+    if not dist.is_initialized():
+        _name_the_meeting_point()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _name_the_meeting_point() -> None:
+    """Under srun: the step's first machine, and a port that follows from the job's number."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST")
+        if nodes is None:
+            raise ConfigError("several ranks, but no MASTER_ADDR in the environment. Start them with torchrun or srun.")
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    if "MASTER_PORT" not in os.environ:
+        step = int(os.environ.get("SLURM_JOB_ID", "0")) * 31 + int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ["MASTER_PORT"] = str(20_000 + step % 20_000)

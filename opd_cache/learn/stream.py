@@ -1,0 +1,79 @@
+"""The joined rows of an episode's learning, in order, read ahead by one thread: this episode's, and older ones' replayed."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from opd_cache.store.join import Joined, join_stages
+from opd_cache.store.shards import ShardSet
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The sealed rollouts of one episode and one teacher's scores of them."""
+
+    episode: int
+    rollouts: ShardSet
+    scores: ShardSet
+    num_rows: int
+    rows_per_prompt: int
+
+
+def planned_rows(sources: Sequence[Source], epochs: int, cursor: int) -> Iterator[Joined]:
+    """Every row of every source once an epoch, from row `cursor` of all epochs on. Memory: a row group of each source."""
+    per_epoch = sum(source.num_rows for source in sources)
+    for epoch in range(cursor // max(per_epoch, 1), epochs):
+        yield from _one_epoch(sources, cursor % per_epoch if epoch == cursor // per_epoch else 0)
+
+
+def _one_epoch(sources: Sequence[Source], start: int) -> Iterator[Joined]:
+    taken, order = [0] * len(sources), _merged(sources)
+    skip = start
+    for index, count in order:
+        if skip < count:
+            break
+        skip -= count
+        taken[index] += count
+    else:
+        return
+    streams = [join_stages(source.rollouts, source.scores, rows) for source, rows in zip(sources, taken, strict=True)]
+    for row in range(count):
+        joined = next(streams[index])
+        if row >= skip:
+            yield joined
+    for index, count in order:
+        for _ in range(count):
+            yield next(streams[index])
+    for stream in streams:
+        next(stream, None)  # a stream that ends checks that its files end, too
+
+
+def _merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
+    """(source, rows): whole prompts, from the source that is least far, so that every batch holds its share of each."""
+    taken = [0] * len(sources)
+    for _ in range(sum(-(-source.num_rows // source.rows_per_prompt) for source in sources)):
+        index = min(
+            (index for index, source in enumerate(sources) if taken[index] < source.num_rows),
+            key=lambda index: (taken[index] / sources[index].num_rows, index),
+        )
+        count = min(sources[index].rows_per_prompt, sources[index].num_rows - taken[index])
+        taken[index] += count
+        yield index, count
+
+
+@contextlib.contextmanager
+def read_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
+    """The items, each made by one thread while the caller works on the one before."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+
+        def ahead() -> Iterator[T]:
+            coming = reader.submit(next, items, None)
+            while (item := coming.result()) is not None:
+                coming = reader.submit(next, items, None)
+                yield item
+
+        yield ahead()

@@ -1,0 +1,73 @@
+"""The student as engines wrap it: a micro-batch in, its loss out. The same module under plain torch and DeepSpeed."""
+
+# B sequences, T positions, N response tokens, K teacher top-k, H hidden size
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_cache.errors import ModelError
+from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.head import Head, head_logprobs, head_loss
+from opd_cache.learn.objective import Objective
+from opd_cache.models import PROBE_TOLERANCE, LanguageModel
+
+
+class Student(nn.Module):
+    """A language model's body, and its head without the logits."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.module = model.module
+        self.model = model
+        self.head = Head(model)
+
+    def forward(self, batch: MicroBatch, objective: Objective) -> Tensor:
+        """The micro-batch's share of the step's loss, a scalar."""
+        return head_loss(self._hidden(batch), self.head, objective.ids_NM, objective)
+
+    def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probs [N] of the sampled tokens, without gradient."""
+        with torch.no_grad():
+            logprobs_NM, _ = head_logprobs(self._hidden(batch), self.head, batch.target_ids_N[:, None])
+        return logprobs_NM.squeeze(-1)
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [N, H] of the positions that predict a response token."""
+        options = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
+        hidden_BTH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT, **options)
+        return hidden_BTH.flatten(0, 1)[batch.predictor_N]
+
+    def uses_packing(self, wanted: str) -> bool:
+        """Whether micro-batches are to be packed: learn.packing, resolved for this model. Raises ModelError."""
+        attention = str(self.model.module.config._attn_implementation)
+        if wanted == "never" or (wanted == "auto" and "flash" not in attention):
+            return False
+        self.check_packing()
+        return True
+
+    def check_packing(self) -> None:
+        """Refuse a model whose packed sequences see each other. Raises ModelError."""
+        ids = torch.arange(2, 14, device=self.model.device).remainder(self.model.vocab_size)
+        one, two = ids[:5], ids[5:]
+        positions = torch.cat([torch.arange(len(part), device=ids.device) for part in (one, two)])[None]
+        with torch.no_grad():
+            packed = self.model.hidden(torch.cat([one, two])[None], None, position_ids=positions)[0]
+            alone = torch.cat([self.model.hidden(part[None], torch.ones_like(part[None]))[0] for part in (one, two)])
+        difference = (packed - alone).float().abs().max().item()
+        if not difference <= PROBE_TOLERANCE[packed.dtype] * max(1.0, alone.float().abs().max().item()):
+            raise ModelError(
+                f"{self.model.source}: with attn_implementation={self.model.module.config._attn_implementation!r} packed sequences see each other. Use learn.packing=never."
+            )
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its tensors on a device."""
+    moved: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **moved)

@@ -1,0 +1,145 @@
+"""The trainable student and the files that it is kept in: the same for every engine and number of ranks.
+
+A folder holds a plain Hugging Face model, and in trainer/ the optimizer's tensors by parameter name. Engines give
+and take whole tensors, so that a checkpoint of one engine goes on under another.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from opd_cache.config import LearnConfig, ModelConfig
+from opd_cache.fingerprint import model_folder
+from opd_cache.learn.checkpoint import TRAINER, copy_model_files
+from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
+from opd_cache.learn.student import Student
+from opd_cache.models import LanguageModel, load_model, load_weights_into
+
+ADAPTER_FOLDER = "adapter"
+# Tensors of one file are in memory at once while it is written.
+OPTIMIZER_FILE_BYTES = 4 << 30
+# (label "exp_avg:NAME", tensor) of every optimizer state
+OptimizerState = Iterable[tuple[str, Tensor]]
+
+
+def build_student(options: LearnConfig, student: ModelConfig, folder: Path, device: str) -> Student:
+    """The student with the weights of a folder, ready to be trained: float32, with adapters where asked for."""
+    uses_lora = options.lora.rank is not None
+    config = ModelConfig(
+        model=str(model_folder(student) if uses_lora else folder),
+        dtype=student.dtype if uses_lora else "float32",
+        device=device,
+        attn_implementation=student.attn_implementation,
+        trust_remote_code=student.trust_remote_code,
+    )
+    model = load_model(config, "student")
+    if options.gradient_checkpointing:
+        # transformers checkpoints in train mode only, where dropout would move the student's log-probs.
+        _disable_dropout(model.module)
+        model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.module.train()
+        model.check_split()
+    if uses_lora:
+        add_adapters(model, options.lora)
+        load_student(model, options, folder)
+        if options.gradient_checkpointing:
+            # Else a checkpointed block whose inputs carry no gradient would be cut off.
+            model.module.enable_input_require_grads()
+    return Student(model)
+
+
+def load_student(model: LanguageModel, options: LearnConfig, folder: Path) -> bool:
+    """Put a folder's weights into a student in memory; False when they do not fit it. With LoRA the base stays; a
+    folder without adapters, the initial student, is left to build_student."""
+    if options.lora.rank is None:
+        return load_weights_into(model, folder)
+    found = next((path for path in (folder, folder / ADAPTER_FOLDER) if (path / ADAPTER_WEIGHTS).is_file()), None)
+    if found is None:
+        return False
+    own = dict(model.module.named_parameters())
+    adapters = read_adapters(found)
+    if any(name not in own or own[name].shape != tensor.shape for name, tensor in adapters.items()):
+        return False
+    with torch.no_grad():
+        for name, tensor in adapters.items():
+            own[name].copy_(tensor)
+    return True
+
+
+def parameter_groups(module: nn.Module, options: LearnConfig) -> list[dict[str, Any]]:
+    """AdamW's groups of the trained parameters: weight decay on matrices, none on vectors."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def write_student(
+    folder: Path, state: Mapping[str, Tensor], module: Any, options: LearnConfig, student: ModelConfig
+) -> None:
+    """Write whole weights, by the names inside `module`, as a Hugging Face folder."""
+    source = model_folder(student)
+    if options.lora.rank is not None:
+        save_adapters(folder / ADAPTER_FOLDER if options.lora.merge else folder, state, module, str(source))
+    if options.lora.rank is None or options.lora.merge:
+        plain = merged(state, options.lora) if options.lora.rank is not None else dict(state)
+        _save_pretrained(folder, plain, module)
+    copy_model_files(source, folder, existing=[path.name for path in folder.iterdir()])
+
+
+def _save_pretrained(folder: Path, state: dict[str, Tensor], module: Any) -> None:
+    from transformers import GenerationConfig
+
+    # transformers refuses to save generation settings that contradict each other, as some models have: theirs is copied.
+    settings, module.generation_config = module.generation_config, GenerationConfig()
+    loaded = {name: vars(module).pop(name) for name in ("_hf_peft_config_loaded",) if name in vars(module)}
+    try:
+        module.save_pretrained(folder, state_dict=state)
+    finally:
+        module.generation_config = settings
+        vars(module).update(loaded)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def write_optimizer(folder: Path, state: OptimizerState) -> None:
+    """Write an optimizer's tensors under trainer/, in files of bounded size."""
+    (folder / TRAINER).mkdir(exist_ok=True)
+    pending: dict[str, Tensor] = {}
+    size = number = 0
+    for label, tensor in state:
+        pending[label] = tensor.contiguous()
+        size += tensor.nbytes
+        if size >= OPTIMIZER_FILE_BYTES:
+            save_file(pending, _optimizer_file(folder, number))
+            pending, size, number = {}, 0, number + 1
+    save_file(pending, _optimizer_file(folder, number))
+
+
+def read_optimizer(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """(state name, parameter name, tensor) of every optimizer state in a policy or checkpoint."""
+    for path in sorted((folder / TRAINER).glob("optimizer*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for label in file.keys():  # noqa: SIM118 (it is no dict)
+                key, _, name = label.partition(":")
+                yield key, name, file.get_tensor(label)
+
+
+def _optimizer_file(folder: Path, number: int) -> Path:
+    return folder / TRAINER / ("optimizer.safetensors" if number == 0 else f"optimizer-{number:04d}.safetensors")
+
+
+def _disable_dropout(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        # Attention and residual dropout are often plain numbers, read in forward.
+        for name, value in vars(child).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(child, name, 0.0)

@@ -1,0 +1,133 @@
+"""The division of a global batch into ranks and micro-batches, and sequences that share one without padding."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_model, tiny_qwen2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_cache.config import ModelConfig
+from opd_cache.errors import ModelError
+from opd_cache.learn.batch import divide, micro_batches
+from opd_cache.learn.student import Student
+from opd_cache.models import load_model
+from opd_cache.store.join import Joined
+from opd_cache.types import Rollout, Score
+
+lengths_of_rows = st.lists(st.integers(1, 90), min_size=1, max_size=60)
+
+
+def joined_row(prompt: list[int], response: list[int], sample: int = 0) -> Joined:
+    ids, logprobs = np.array(response, np.int32), -np.ones(len(response), np.float32)
+    rollout = Rollout(f"0/0/{sample}", 0, sample, np.array(prompt, np.int32), ids, logprobs, "stop", 0)
+    topk = np.zeros((len(ids), 0))
+    score = Score(
+        rollout.rollout_id,
+        rollout.ids_hash,
+        logprobs,
+        np.ones_like(ids),
+        topk.astype(np.int32),
+        topk.astype(np.float32),
+    )
+    return rollout, score
+
+
+@given(lengths_of_rows, st.integers(1, 5), st.integers(1, 200), st.booleans())
+def test_every_row_is_in_exactly_one_micro_batch_of_one_rank(
+    lengths: list[int], world: int, budget: int, packed: bool
+) -> None:
+    ranks = divide(lengths, world, budget, packed)
+    assert len(ranks) == world
+    assert Counter(row for rank in ranks for micro in rank for row in micro) == Counter(range(len(lengths)))
+    for micro in (micro for rank in ranks for micro in rank):
+        cost = sum(lengths[row] for row in micro) if packed else len(micro) * max(lengths[row] for row in micro)
+        assert cost <= budget or len(micro) == 1
+
+
+@given(st.lists(st.integers(1, 90), min_size=40, max_size=80), st.integers(2, 4))
+def test_ranks_get_nearly_the_same_number_of_tokens(lengths: list[int], world: int) -> None:
+    loads = [sum(lengths[row] for micro in rank for row in micro) for rank in divide(lengths, world, 100, False)]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(lengths_of_rows, st.integers(1, 4), st.integers(1, 200), st.booleans())
+def test_every_rank_runs_as_many_micro_batches_and_each_token_counts_once(
+    lengths: list[int], world: int, budget: int, packed: bool
+) -> None:
+    rows = [joined_row([5], list(range(2, 2 + length)), sample) for sample, length in enumerate(lengths)]
+    ranks = [list(micro_batches(rows, [0.0] * len(rows), budget, packed, rank, world)) for rank in range(world)]
+    assert len({len(micros) for micros in ranks}) == 1
+    counted = sum(len(micro.target_ids_N) for micros in ranks for micro in micros if micro.counts)
+    assert counted == sum(lengths)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_token_is_predicted_from_the_position_before_it(packed: bool) -> None:
+    rows = [joined_row([11, 12, 13], [14, 15]), joined_row([21], [22, 23, 24, 25]), joined_row([31, 32], [33])]
+    (micro,) = micro_batches(rows, [0.5, -0.5, 0.0], 100, packed)
+    flat = micro.input_ids_BT.flatten()
+    assert flat[micro.predictor_N + 1].tolist() == micro.target_ids_N.tolist()
+    before = {14: 13, 15: 14, 22: 21, 23: 22, 24: 23, 25: 24, 33: 32}
+    assert dict(zip(micro.target_ids_N.tolist(), flat[micro.predictor_N].tolist(), strict=True)) == before
+    by_token = dict(zip(micro.target_ids_N.tolist(), micro.reward_advantages_N.tolist(), strict=True))
+    assert by_token == {14: 0.5, 15: 0.5, 22: -0.5, 23: -0.5, 24: -0.5, 25: -0.5, 33: 0.0}
+    assert len(set(micro.row_N.tolist())) == 3
+
+
+def student_of(tmp_path_factory: pytest.TempPathFactory, attention: str) -> Student:
+    folder = save_model(tiny_qwen2(seed=1), tmp_path_factory.mktemp("student"))
+    return Student(load_model(ModelConfig(str(folder), device="cpu", attn_implementation=attention), "student"))
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    return student_of(tmp_path_factory, request.param)
+
+
+def some_rows() -> list[Joined]:
+    rng = np.random.default_rng(0)
+    sizes = [(3, 4), (1, 9), (6, 1), (2, 2)]
+    return [
+        joined_row(rng.integers(2, 258, prompt).tolist(), rng.integers(2, 258, response).tolist(), sample)
+        for sample, (prompt, response) in enumerate(sizes)
+    ]
+
+
+def test_packed_sequences_do_not_see_their_neighbours(student: Student) -> None:
+    rows = some_rows()
+    (packed,) = micro_batches(rows, [0.0] * 4, 100, packed=True)
+    assert packed.input_ids_BT.shape == (1, sum(rollout.num_tokens for rollout, _ in rows))
+    together = student.sampled_logprobs(packed)
+    # By length, longest first, as the division orders them.
+    order = sorted(range(4), key=lambda row: -rows[row][0].num_tokens)
+    alone = [student.sampled_logprobs(next(micro_batches([rows[row]], [0.0], 100))) for row in order]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=0)
+
+
+def test_another_neighbour_changes_nothing(student: Student) -> None:
+    rows = some_rows()
+    (before,) = micro_batches(rows, [0.0] * 4, 100, packed=True)
+    ids = before.input_ids_BT.clone()
+    ids[0, : rows[1][0].num_tokens] = 200  # the longest row comes first
+    found = student.sampled_logprobs(replace(before, input_ids_BT=ids))
+    others = before.row_N != before.row_N[0]
+    expected = student.sampled_logprobs(before)
+    torch.testing.assert_close(found[others], expected[others], atol=0, rtol=0)
+    assert not torch.equal(found[~others], expected[~others])
+
+
+def test_packing_is_refused_where_neighbours_would_see_each_other(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert student.uses_packing("always")
+    assert not student.uses_packing("auto")
+    hidden = student.model.hidden
+    monkeypatch.setattr(
+        student.model, "hidden", lambda ids, mask, **options: hidden(ids, torch.ones_like(ids))
+    )  # one long sequence
+    with pytest.raises(ModelError, match=r"packed sequences see each other. Use learn.packing=never"):
+        student.uses_packing("always")

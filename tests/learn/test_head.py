@@ -1,0 +1,155 @@
+"""The LM head without its logits equals the plain formula, in values, gradients and whatever the chunk size."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import tiny_qwen2
+from torch import Tensor, nn
+
+from opd_cache.errors import ModelError
+from opd_cache.learn import head as head_module
+from opd_cache.learn.head import Head, head_logprobs, head_loss
+from opd_cache.models import LanguageModel
+
+TOKENS, IDS, HIDDEN, VOCAB = 50, 4, 32, 258
+
+
+class AnyLoss:
+    """A loss of the log-probs, which keeps the entropies that it saw."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], looks_across: bool = False) -> None:
+        self.function, self.looks_across = function, looks_across
+        self.entropies: dict[int, Tensor] = {}
+
+    @property
+    def entropy(self) -> Tensor:
+        return torch.cat([self.entropies[start] for start in sorted(self.entropies)])
+
+    def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
+        self.entropies[rows.start] = entropy_N
+        return self.function(logprobs_NM)
+
+
+def per_token(logprobs: Tensor) -> Tensor:
+    return (logprobs[:, 0].square() + logprobs[:, 1:].exp().sum(-1) * logprobs[:, 1]).sum() / TOKENS
+
+
+def across_tokens(logprobs: Tensor) -> Tensor:
+    return (logprobs[:, 0].cumsum(0) * logprobs[:, 1].flip(0)).sum() / TOKENS
+
+
+def a_head(bias: bool, softcap: float | None, scale: float) -> Head:
+    model = LanguageModel(tiny_qwen2(seed=1, tie_word_embeddings=False), "tiny")
+    if bias:
+        model.head.bias = nn.Parameter(torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)))
+    model.softcap, model.logit_scale = softcap, scale
+    return Head(model)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (TOKENS, IDS), generator=generator)
+    ids[:5, 1] = ids[:5, 0]  # the sampled token is often among the teacher's top k
+    return torch.randn(TOKENS, HIDDEN, generator=generator), ids
+
+
+def plain(
+    head: Head, hidden: Tensor, ids: Tensor, function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(loss, entropy, gradients of hidden, weight and bias) by the formula over all logits, in float64."""
+    leaves = [hidden.double().requires_grad_(), head.linear.weight.detach().double().requires_grad_()]
+    if head.linear.bias is not None:
+        leaves.append(head.linear.bias.detach().double().requires_grad_())
+    logits = nn.functional.linear(*leaves) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logprobs = logits.log_softmax(-1)
+    loss = function(logprobs.gather(-1, ids))
+    loss.backward()
+    return loss.detach(), -(logprobs.exp() * logprobs).sum(-1).detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+@pytest.mark.parametrize(("function", "looks_across"), [(per_token, False), (per_token, True), (across_tokens, True)])
+@pytest.mark.parametrize(("bias", "softcap", "scale"), [(False, None, 1.0), (True, 5.0, 0.7)])
+def test_loss_and_gradients_equal_the_plain_formula(
+    inputs: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+    function: Callable[[Tensor], Tensor],
+    looks_across: bool,
+    bias: bool,
+    softcap: float | None,
+    scale: float,
+) -> None:
+    monkeypatch.setattr(head_module, "ROWS_PER_CHUNK", chunk)
+    hidden, ids = inputs
+    head = a_head(bias, softcap, scale)
+    expected, entropy, gradients = plain(head, hidden, ids, function)
+    leaf, loss = hidden.clone().requires_grad_(), AnyLoss(function, looks_across)
+    found = head_loss(leaf, head, ids, loss)
+    (2.5 * found).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(loss.entropy.double(), entropy, atol=1e-5, rtol=0)
+    for tensor, gradient in zip([leaf, *head.linear.parameters()], gradients, strict=True):
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(tensor.grad.double() / 2.5, gradient, atol=1e-5 * max(1, largest), rtol=1e-5)
+    logprobs, entropies = head_logprobs(hidden, head, ids)
+    logits = head.logits(hidden, head.linear.weight, head.linear.bias).double()
+    torch.testing.assert_close(logprobs.double(), logits.log_softmax(-1).gather(-1, ids).detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropies.double(), entropy, atol=1e-5, rtol=0)
+
+
+def test_a_frozen_head_passes_the_gradient_on_and_keeps_none(inputs: tuple[Tensor, Tensor]) -> None:
+    hidden, ids = inputs
+    head = a_head(False, None, 1.0)
+    _, _, (expected, _) = plain(head, hidden, ids, per_token)
+    head.linear.requires_grad_(False)
+    leaf = hidden.clone().requires_grad_()
+    head_loss(leaf, head, ids, AnyLoss(per_token)).backward()
+    torch.testing.assert_close(leaf.grad.double(), expected, atol=1e-5, rtol=1e-5)
+    assert head.linear.weight.grad is None
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tensor, Tensor]) -> None:
+    hidden, ids = inputs
+    head = a_head(False, None, 1.0)
+    expected, _, gradients = plain(head, hidden, ids, per_token)
+    leaf = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head_loss(leaf, head, ids, AnyLoss(per_token))
+    loss.backward()
+    assert loss.dtype is torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    for tensor, gradient in zip([leaf, head.linear.weight], gradients, strict=True):
+        assert tensor.grad.dtype is torch.float32
+        similarity = nn.functional.cosine_similarity(tensor.grad.double().flatten(), gradient.flatten(), dim=0)
+        assert similarity > 0.999
+
+
+def test_no_matrix_of_all_tokens_and_the_vocabulary_ever_exists() -> None:
+    """The largest tensor that the head allocates has a chunk's rows, whatever the number of tokens."""
+    tokens, sizes = 4 * head_module.ROWS_PER_CHUNK, []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(
+                tensor.numel() for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, Tensor)
+            )
+            return result
+
+    head = a_head(False, None, 1.0)
+    hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
+    with Sizes():
+        head_loss(hidden, head, torch.zeros(tokens, 2, dtype=torch.int64), AnyLoss(per_token)).backward()
+    assert max(sizes) == head_module.ROWS_PER_CHUNK * VOCAB
+
+
+def test_a_head_that_is_no_linear_layer_is_refused() -> None:
+    model = LanguageModel(tiny_qwen2(seed=1), "tiny")
+    model.head = nn.Sequential(model.head)
+    with pytest.raises(ModelError, match="tiny: its LM head is a Sequential"):
+        Head(model)
