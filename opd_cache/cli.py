@@ -1,6 +1,7 @@
 """The command line. Heavy packages are imported inside the commands that need them, so that --help and status are quick."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -79,6 +80,13 @@ def _quiet_libraries() -> None:
     # Two busy OpenMP threads on two cores spin against each other unless they sleep while waiting.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel warns of what we ask it for
+    if importlib.util.find_spec("deepspeed"):
+        import torch
+
+        # transformers imports DeepSpeed wherever it is installed; where it has to guess, it says so on standard output.
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -233,6 +241,32 @@ def _print_summary(path: Path) -> None:
         f'opd-cache query {path} "select episode, avg(num_response_tokens) as tokens from rollouts group by episode order by episode"',
     ):
         console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+@cli.command(epilog="What can be changed: learn.* and torch_threads. The teacher is not needed, nor the sampler.")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[learn.key=value...]")
+@click.option("--into", type=click.Path(path_type=Path), required=True, help="The new run directory.")
+@click.option("--episodes", metavar="FIRST-LAST", help="Which, such as 0-4; without it, all that are scored.")
+@click.option("--json", "as_json", is_flag=True, help="The comparison for programs.")
+def replay(run_dir: Path, overrides: tuple[str, ...], into: Path, episodes: str | None, as_json: bool) -> None:
+    """Train again from a run's cached rollouts and scores alone, and compare.
+
+    With nothing changed, the weights are the same bits. The same command again goes on after an interruption.
+
+    Example: opd-cache replay runs/quickstart --episodes 0-1 --into runs/replay learn.loss.name=forward_kl_topk
+    """
+    from opd_cache.compare import comparison_table
+    from opd_cache.logs import set_up_logging
+    from opd_cache.replay import replay_run
+
+    set_up_logging()
+    _quiet_libraries()
+    comparison = replay_run(run_dir, into, episodes, overrides)
+    if as_json:
+        click.echo(json.dumps(comparison, indent=2))
+    else:
+        _console().print(comparison_table(comparison))
 
 
 @cli.command()

@@ -45,11 +45,11 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> None:
     try:
         with _passed_on(processes):
             _wait(processes)
+        failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
     if failed:
         raise _failure(failed)
 
@@ -66,14 +66,14 @@ def _wait(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def _failure(failed: list[tuple[int, int]]) -> OpdCacheError:
-    if {status for _, status in failed} == {TryAgainError.exit_status}:
-        return TryAgainError("the ranks stopped; see above. The same command goes on from what is published.")
-    # Ranks that lost a partner fail too, and this process kills those that hang: the others' status says more.
-    rank, status = min(failed, key=lambda entry: (entry[1] == 1, entry[1] == -signal.SIGKILL, entry[0]))
+    # Ranks that lose a partner stop with TryAgainError's status: a signal, else any other status, says more.
+    rank, status = min(failed, key=lambda entry: (entry[1] == TryAgainError.exit_status, entry))
     if status < 0:
         return TryAgainError(
             f"rank {rank} was ended by {signal.Signals(-status).name}. The same command goes on from the last checkpoint."
         )
+    if status == TryAgainError.exit_status:
+        return TryAgainError("the ranks stopped; see above. The same command goes on from what is published.")
     return RankFailedError(f"rank {rank} ended with status {status}; see above.", status)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError, MissingInputError
 from opd_cache.learn.losses import Loss
 from opd_cache.learn.stream import Source
@@ -35,18 +36,18 @@ def _open_source(run: Run, episode: int, loss: Loss, is_own: bool) -> tuple[Sour
         raise MismatchError(
             f"{scores.folder}: the scores were made from other rollouts than {rollouts.folder} now holds. Move the folder away and run: {scores.remedy}"
         )
-    found = run.policy_fingerprint(episode)
-    if is_own and plan.policy != found and not run.is_replay:
+    if is_own and not run.is_replay and plan.policy != (found := run.policy_fingerprint(episode)):
         raise MismatchError(
             f"{target.plan}: sampled by policy {plan.policy[:12]}, but the policy of version {episode} is {found[:12]}. Move {target.path} away and run: {rollouts.remedy}"
         )
-    _check_needs(run, loss, plan, scores.about["top_k"], str(scores.folder))
+    check_needs(run.recipe, loss, plan, scores.about["top_k"], str(scores.folder))
     facts = {"episode": episode, "policy": plan.policy, "rollouts": rollouts_seal, "scores": scores_seal}
     return Source(episode, rollouts, scores, plan.num_rollouts, plan.n_samples_per_prompt), facts
 
 
-def _check_needs(run: Run, loss: Loss, plan: RolloutPlan, top_k: int, scores: str) -> None:
-    name = run.recipe.learn.loss.name
+def check_needs(recipe: Recipe, loss: Loss, plan: RolloutPlan, top_k: int, scores: str) -> None:
+    """Refuse a loss that needs what the cache does not have. Raises MismatchError."""
+    name = recipe.learn.loss.name
     if loss.needs_topk and not top_k:
         raise MismatchError(
             f"learn.loss.name = {name!r} needs the teacher's top k, but {scores} was scored with score.top_k=0. Use reverse_kl_pg, or score again with score.top_k=8 in another run_dir."

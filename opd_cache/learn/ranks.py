@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError
+from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError, TryAgainError
 
 T = TypeVar("T")
 
@@ -101,6 +101,13 @@ def joined_ranks(ranks: Ranks, timeout_s: float) -> Iterator[Ranks]:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
     try:
         yield ranks
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = str(error).strip().splitlines()[0]
+            raise TryAgainError(
+                f"lost the other ranks ({reason}). The same command goes on from the last checkpoint."
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -76,7 +76,7 @@ class TorchEngine:
             # Looking for unused parameters keeps the buckets as they are at the start: else they are laid out anew after
             # the first step, and a resumed run would sum in another order than one that was never stopped.
             self._wrapped = DistributedDataParallel(
-                self.student, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+                self.student, gradient_as_bucket_view=True, find_unused_parameters=True
             )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

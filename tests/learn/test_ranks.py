@@ -1,0 +1,160 @@
+"""Several ranks learn what one would: real processes, gloo, killed and stopped at any step."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from helpers import run_command
+
+from opd_cache.config import Recipe
+from opd_cache.errors import ConfigError
+from opd_cache.learn.ranks import ALONE, Ranks, rank_from_environment
+from opd_cache.learn.stage import learn_episode, new_engine
+from opd_cache.run import Run, open_run
+
+# 5 steps an epoch of 24 rollouts, the last batch ragged; four epochs.
+SETTINGS = ["learn.train_batch_size=5", "learn.epochs_per_episode=4", "learn.max_tokens_per_micro_batch=40"]
+STEPS = 20
+
+
+def run_team(world: int, recipe: list[str], episode: int = 0, **job: Any) -> dict[str, Any]:
+    """What rank_team.py printed."""
+    script = str(Path(__file__).with_name("rank_team.py"))
+    content = json.dumps({"world": world, "recipe": recipe, "episode": episode, **job})
+    ended = subprocess.run([sys.executable, script, content], capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.fixture
+def unlearned(finished_run: Run, tmp_path: Path) -> Path:
+    """A run whose first episode is sampled and scored, but not learned."""
+    path = tmp_path / "run"
+    shutil.copytree(finished_run.dir.path, path)
+    shutil.rmtree(path / "episode=1")
+    for folder in ("learn", "policy"):
+        shutil.rmtree(path / "episode=0" / folder)
+    return path
+
+
+def learned(source: Path, path: Path, make_recipe: Callable[..., Recipe], *settings: str) -> Path:
+    """A copy of an unlearned run, learned by one rank in this process."""
+    shutil.copytree(source, path)
+    run = open_run(make_recipe(path, *SETTINGS, *settings))
+    assert learn_episode(run, 0, new_engine(run))
+    return path
+
+
+def steps_of(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path / "episode=0/learn/steps.parquet").to_pylist()
+
+
+def weights_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((path / "episode=0/policy").rglob("*.safetensors"))}
+
+
+def recipe_arguments(task: Path, path: Path, *settings: str) -> list[str]:
+    return [str(task / "recipe.yaml"), f"run_dir={path}", *SETTINGS, *settings]
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl_topk", "reverse_kl_pg"])
+def test_two_ranks_have_the_losses_of_one(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, loss: str
+) -> None:
+    settings = [f"learn.loss.name={loss}", "learn.loss.discount=0.5", "learn.kl_coef=0.1"]
+    alone = learned(unlearned, tmp_path / "alone", make_recipe, *settings)
+    result = run_team(2, recipe_arguments(task, unlearned, *settings))
+    assert result["statuses"] == [[0, 0]]
+    ours, theirs = steps_of(unlearned), steps_of(alone)
+    assert len(theirs) == STEPS
+    for two, one in zip(ours, theirs, strict=True):
+        for key in ("loss", "reverse_kl", "reverse_kl_p99", "kl_penalty", "ess", "entropy", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+        assert (two["tokens"], two["rollouts"], two["step"]) == (one["tokens"], one["rollouts"], one["step"])
+
+
+def assert_every_row_once_an_epoch(steps: list[list[Any]], path: Path, epochs: int) -> None:
+    """In the steps that made the policy; and a step that was taken again had the same rows."""
+    taken = dict(steps)
+    for step, rows in steps:
+        assert rows == taken[step]
+    in_order = [row for step in sorted(taken) for row in taken[step]]
+    every = pq.read_table(path / "episode=0/rollouts", columns=["rollout_id"], partitioning=None)
+    assert in_order == every["rollout_id"].to_pylist() * epochs
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_two_ranks_end_with_the_same_bits(task: Path, unlearned: Path, tmp_path: Path) -> None:
+    undisturbed = Path(shutil.copytree(unlearned, tmp_path / "undisturbed"))
+    settings = ["learn.checkpoint_every_steps=1", "learn.loss.name=reverse_kl_pg", "learn.epochs_per_episode=8"]
+    assert run_team(2, recipe_arguments(task, undisturbed, *settings))["statuses"] == [[0, 0]]
+    result = run_team(2, recipe_arguments(task, unlearned, *settings), kills=20, steps_a_life=2, seed=1)
+    *killed, last = result["statuses"]
+    assert last == [0, 0]
+    # The rank that was not killed says that it lost its partner, and may be tried again.
+    assert [sorted(statuses) for statuses in killed] == [[-9, 75]] * 20
+    assert weights_of(unlearned) == weights_of(undisturbed)
+    for steps in result["steps"]:
+        assert_every_row_once_an_epoch(steps, unlearned, epochs=8)
+    timings = {"read_s", "compute_s", "tokens_per_s"}
+    for ours, theirs in zip(steps_of(unlearned), steps_of(undisturbed), strict=True):
+        assert {k: v for k, v in ours.items() if k not in timings} == {
+            k: v for k, v in theirs.items() if k not in timings
+        }
+
+
+def test_another_number_of_ranks_goes_on_and_uses_every_row_once(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path
+) -> None:
+    """Two ranks die between two checkpoints, three go on: what is learned stays the same, to float order."""
+    alone = learned(unlearned, tmp_path / "alone", make_recipe)
+    recipe = recipe_arguments(task, unlearned, "learn.checkpoint_every_steps=4")
+    result = run_team(2, recipe, kills=1, steps_a_life=12, seed=3, last_world=3)
+    died, went_on = result["statuses"]
+    assert sorted(died) == [-9, 75]
+    assert went_on == [0, 0, 0]
+    first_life, whole = result["steps"][2], result["steps"][0]
+    assert 4 <= first_life[0][0] < STEPS - 4  # the third rank came in after a checkpoint, not at the start
+    assert_every_row_once_an_epoch(whole, unlearned, epochs=4)
+    for ours, theirs in zip(steps_of(unlearned), steps_of(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_the_command_starts_its_ranks_and_says_what_went_wrong_once(task: Path, unlearned: Path) -> None:
+    recipe = recipe_arguments(task, unlearned, "learn.num_ranks=2")
+    seal = unlearned / "episode=0/scores/teacher=main/_SEALED.json"
+    kept = seal.read_bytes()
+    seal.unlink()
+    ended = run_command("learn", *recipe, "--episode", "0")
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if "Error" in line]
+    assert lines[0].startswith("MissingInputError: ")
+    assert lines[1:] == ["RankFailedError: rank 0 ended with status 2; see above."]
+    assert ended.stdout == ""
+    assert not (unlearned / "episode=0/learn").exists()
+    seal.write_bytes(kept)
+    ended = run_command("learn", *recipe, "--episode", "0")
+    assert ended.returncode == 0, ended.stderr
+    assert len(steps_of(unlearned)) == STEPS
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, ALONE),
+    ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Ranks(1, 4, 1)),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ALONE),
+    ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, Ranks(3, 4, 1)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ALONE),  # a batch script, outside of srun
+])  # fmt: skip
+def test_a_process_knows_its_rank_from_torchrun_or_srun(environment: dict[str, str], expected: Ranks) -> None:
+    assert rank_from_environment(environment) == expected
+
+
+def test_a_rank_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE, LOCAL_RANK in the environment must be whole numbers"):
+        rank_from_environment({"RANK": "one", "WORLD_SIZE": "2"})
