@@ -31,16 +31,30 @@ class TokenLosses(Protocol):
         """Sum of the losses of these tokens, given their log-probs (with gradient) and entropies (without)."""
 
 
-class Head:
-    """What turns hidden states into logits: scale · (W h + b), then the soft cap of the models that have one."""
+class Head(nn.Module):
+    """What turns hidden states into logits: scale · (W h + b), then the soft cap of the models that have one.
+
+    Owns the weight a second time, beside the model, so that ZeRO-3 gathers it when this module is called.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
         if type(model.head) is not nn.Linear:
             raise ModelError(
                 f"{model.source}: its LM head is a {type(model.head).__name__}; opd-cache trains models whose head is one linear layer."
             )
-        self.linear = model.head
+        self.weight, self.bias = model.head.weight, model.head.bias
         self.scale, self.softcap = model.logit_scale, model.softcap
+
+    def forward(self, hidden_NH: Tensor, ids_NM: Tensor, losses: TokenLosses) -> Tensor:
+        """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the weight."""
+        return _HeadLoss.apply(hidden_NH, self.weight, self.bias, self, ids_NM, losses)
+
+    def logprobs(self, hidden_NH: Tensor, ids_NM: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probs [N, M] of the given ids, entropy [N]), nats, float32, without gradient."""
+        with torch.no_grad(), _plain_precision(self.weight) as dtype:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return _gather_all(hidden_NH.to(dtype), self.weight.to(dtype), bias, self, ids_NM)
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
         """[N, V] in float32, computed in the weight's dtype."""
@@ -58,20 +72,6 @@ class Head:
         if self.scale != 1:
             grad_NV.mul_(self.scale)
         return grad_NV
-
-
-def head_logprobs(hidden_NH: Tensor, head: Head, ids_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probs [N, M] of the given ids, entropy [N]), nats, float32, without gradient."""
-    weight, bias = head.linear.weight, head.linear.bias
-    with torch.no_grad(), _plain_precision(weight) as dtype:
-        return _gather_all(
-            hidden_NH.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), head, ids_NM
-        )
-
-
-def head_loss(hidden_NH: Tensor, head: Head, ids_NM: Tensor, losses: TokenLosses) -> Tensor:
-    """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the head's weight."""
-    return _HeadLoss.apply(hidden_NH, head.linear.weight, head.linear.bias, head, ids_NM, losses)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -33,7 +33,7 @@ def add_adapters(model: LanguageModel, options: LoraOptions) -> None:
         ) from error
     config = LoraConfig(
         r=options.rank or 0,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_alpha=options.alpha,
         target_modules=options.target_modules or _linear_layers(model),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opd_cache.errors import ModelError
 from opd_cache.learn.batch import MicroBatch
-from opd_cache.learn.head import Head, head_logprobs, head_loss
+from opd_cache.learn.head import Head
 from opd_cache.learn.objective import Objective
 from opd_cache.models import PROBE_TOLERANCE, LanguageModel
 
@@ -26,12 +26,12 @@ class Student(nn.Module):
 
     def forward(self, batch: MicroBatch, objective: Objective) -> Tensor:
         """The micro-batch's share of the step's loss, a scalar."""
-        return head_loss(self._hidden(batch), self.head, objective.ids_NM, objective)
+        return self.head(self._hidden(batch), objective.ids_NM, objective)
 
     def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probs [N] of the sampled tokens, without gradient."""
         with torch.no_grad():
-            logprobs_NM, _ = head_logprobs(self._hidden(batch), self.head, batch.target_ids_N[:, None])
+            logprobs_NM, _ = self.head.logprobs(self._hidden(batch), batch.target_ids_N[:, None])
         return logprobs_NM.squeeze(-1)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opd_cache.errors import ModelError
 from opd_cache.learn import head as head_module
-from opd_cache.learn.head import Head, head_logprobs, head_loss
+from opd_cache.learn.head import Head
 from opd_cache.models import LanguageModel
 
 TOKENS, IDS, HIDDEN, VOCAB = 50, 4, 32, 258
@@ -59,9 +59,9 @@ def plain(
     head: Head, hidden: Tensor, ids: Tensor, function: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(loss, entropy, gradients of hidden, weight and bias) by the formula over all logits, in float64."""
-    leaves = [hidden.double().requires_grad_(), head.linear.weight.detach().double().requires_grad_()]
-    if head.linear.bias is not None:
-        leaves.append(head.linear.bias.detach().double().requires_grad_())
+    leaves = [hidden.double().requires_grad_(), head.weight.detach().double().requires_grad_()]
+    if head.bias is not None:
+        leaves.append(head.bias.detach().double().requires_grad_())
     logits = nn.functional.linear(*leaves) * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -89,15 +89,15 @@ def test_loss_and_gradients_equal_the_plain_formula(
     head = a_head(bias, softcap, scale)
     expected, entropy, gradients = plain(head, hidden, ids, function)
     leaf, loss = hidden.clone().requires_grad_(), AnyLoss(function, looks_across)
-    found = head_loss(leaf, head, ids, loss)
+    found = head(leaf, ids, loss)
     (2.5 * found).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(loss.entropy.double(), entropy, atol=1e-5, rtol=0)
-    for tensor, gradient in zip([leaf, *head.linear.parameters()], gradients, strict=True):
+    for tensor, gradient in zip([leaf, *head.parameters()], gradients, strict=True):
         largest = gradient.abs().max().item()
         torch.testing.assert_close(tensor.grad.double() / 2.5, gradient, atol=1e-5 * max(1, largest), rtol=1e-5)
-    logprobs, entropies = head_logprobs(hidden, head, ids)
-    logits = head.logits(hidden, head.linear.weight, head.linear.bias).double()
+    logprobs, entropies = head.logprobs(hidden, ids)
+    logits = head.logits(hidden, head.weight, head.bias).double()
     torch.testing.assert_close(logprobs.double(), logits.log_softmax(-1).gather(-1, ids).detach(), atol=1e-5, rtol=0)
     torch.testing.assert_close(entropies.double(), entropy, atol=1e-5, rtol=0)
 
@@ -106,11 +106,11 @@ def test_a_frozen_head_passes_the_gradient_on_and_keeps_none(inputs: tuple[Tenso
     hidden, ids = inputs
     head = a_head(False, None, 1.0)
     _, _, (expected, _) = plain(head, hidden, ids, per_token)
-    head.linear.requires_grad_(False)
+    head.requires_grad_(False)
     leaf = hidden.clone().requires_grad_()
-    head_loss(leaf, head, ids, AnyLoss(per_token)).backward()
+    head(leaf, ids, AnyLoss(per_token)).backward()
     torch.testing.assert_close(leaf.grad.double(), expected, atol=1e-5, rtol=1e-5)
-    assert head.linear.weight.grad is None
+    assert head.weight.grad is None
 
 
 def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tensor, Tensor]) -> None:
@@ -119,11 +119,11 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tenso
     expected, _, gradients = plain(head, hidden, ids, per_token)
     leaf = hidden.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = head_loss(leaf, head, ids, AnyLoss(per_token))
+        loss = head(leaf, ids, AnyLoss(per_token))
     loss.backward()
     assert loss.dtype is torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    for tensor, gradient in zip([leaf, head.linear.weight], gradients, strict=True):
+    for tensor, gradient in zip([leaf, head.weight], gradients, strict=True):
         assert tensor.grad.dtype is torch.float32
         similarity = nn.functional.cosine_similarity(tensor.grad.double().flatten(), gradient.flatten(), dim=0)
         assert similarity > 0.999
@@ -144,7 +144,7 @@ def test_no_matrix_of_all_tokens_and_the_vocabulary_ever_exists() -> None:
     head = a_head(False, None, 1.0)
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
     with Sizes():
-        head_loss(hidden, head, torch.zeros(tokens, 2, dtype=torch.int64), AnyLoss(per_token)).backward()
+        head(hidden, torch.zeros(tokens, 2, dtype=torch.int64), AnyLoss(per_token)).backward()
     assert max(sizes) == head_module.ROWS_PER_CHUNK * VOCAB
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import run_command
+from safetensors.torch import load_file
 
 from opd_cache.config import Recipe
 from opd_cache.errors import ConfigError
@@ -63,6 +65,15 @@ def recipe_arguments(task: Path, path: Path, *settings: str) -> list[str]:
     return [str(task / "recipe.yaml"), f"run_dir={path}", *SETTINGS, *settings]
 
 
+def assert_same_losses(found: Path, expected: Path) -> None:
+    ours, theirs = steps_of(found), steps_of(expected)
+    assert len(theirs) == STEPS
+    for two, one in zip(ours, theirs, strict=True):
+        for key in ("loss", "reverse_kl", "reverse_kl_p99", "kl_penalty", "ess", "entropy", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], abs=1e-5), (one["step"], key)
+        assert (two["tokens"], two["rollouts"], two["step"]) == (one["tokens"], one["rollouts"], one["step"])
+
+
 @pytest.mark.parametrize("loss", ["reverse_kl_topk", "reverse_kl_pg"])
 def test_two_ranks_have_the_losses_of_one(
     task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, loss: str
@@ -71,12 +82,53 @@ def test_two_ranks_have_the_losses_of_one(
     alone = learned(unlearned, tmp_path / "alone", make_recipe, *settings)
     result = run_team(2, recipe_arguments(task, unlearned, *settings))
     assert result["statuses"] == [[0, 0]]
-    ours, theirs = steps_of(unlearned), steps_of(alone)
-    assert len(theirs) == STEPS
-    for two, one in zip(ours, theirs, strict=True):
-        for key in ("loss", "reverse_kl", "reverse_kl_p99", "kl_penalty", "ess", "entropy", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], abs=1e-5), key
-        assert (two["tokens"], two["rollouts"], two["step"]) == (one["tokens"], one["rollouts"], one["step"])
+    assert_same_losses(unlearned, alone)
+
+
+def deepspeed_settings(stage: int, *more: str) -> list[str]:
+    return ["learn.engine=deepspeed", f"learn.deepspeed.zero_stage={stage}", *more]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_deepspeed_ranks_have_the_losses_of_one_torch_rank(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, stage: int
+) -> None:
+    alone = learned(unlearned, tmp_path / "alone", make_recipe)
+    result = run_team(2, recipe_arguments(task, unlearned, *deepspeed_settings(stage)))
+    assert result["statuses"] == [[0, 0]]
+    assert_same_losses(unlearned, alone)
+    ours, theirs = (load_file(path / "episode=0/policy/model.safetensors") for path in (unlearned, alone))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoints_pass_between_engines_and_numbers_of_ranks(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, stage: int
+) -> None:
+    """Eight steps by two DeepSpeed ranks, eight by one torch rank, four by three DeepSpeed ranks: the losses of one."""
+    alone = learned(unlearned, tmp_path / "alone", make_recipe)
+    ranks = recipe_arguments(task, unlearned, *deepspeed_settings(stage, "learn.keep_every=8"))
+    assert run_team(2, ranks)["statuses"] == [[0, 0]]
+
+    def back_to(step: int) -> None:
+        shutil.rmtree(unlearned / "episode=0/policy")
+        (unlearned / "episode=0/learn/steps.parquet").unlink()
+        for folder in unlearned.glob("episode=0/learn/checkpoint-*"):
+            if int(folder.name.rpartition("-")[2]) > step:
+                shutil.rmtree(folder)
+
+    back_to(8)
+    run = open_run(make_recipe(unlearned, *SETTINGS, "learn.keep_every=8"))
+    assert learn_episode(run, 0, new_engine(run))
+    assert_same_losses(unlearned, alone)
+    back_to(16)
+    result = run_team(3, ranks)
+    assert result["statuses"] == [[0, 0, 0]]
+    assert [step for step, _ in result["steps"][0]] == [16, 17, 18, 19]
+    assert_same_losses(unlearned, alone)
 
 
 def assert_every_row_once_an_epoch(steps: list[list[Any]], path: Path, epochs: int) -> None:
