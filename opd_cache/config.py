@@ -211,6 +211,7 @@ class DeepSpeedOptions:
         2, "What the ranks share out: 1 optimizer states, 2 gradients too, 3 weights too; 0 nothing.", min=0, max=3
     )
     offload_optimizer: bool = option(False, "Keep optimizer states, and step, in the CPU's memory (stages 1 to 3).")
+    zero_options: dict[str, Any] = option(dict, "More keys of DeepSpeed's own zero_optimization section.")
 
 
 @dataclass

@@ -1,11 +1,56 @@
-"""From responses to right or wrong: extracted answers compared, and pass@k."""
+"""From responses to right or wrong: extracted answers compared, as evaluations and the reward exact_match do; and pass@k."""
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_cache.types import Int32Array, Prompt, Rollout
 
 # A leading $ or \$, thousands commas, and a trailing %, \% or full stop are how a plain number may be dressed.
 DRESSED_NUMBER = re.compile(r"(?:\\?\$)?(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:\\?%)?\.?")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a grader or a task reward sees of a sampled response and of its prompt."""
+
+    text: str  # decoded, without special tokens
+    answer: str | None  # the expected one, as the source of the prompt has it
+    prompt_id: str
+    response_ids: Int32Array  # [R]
+    finish_reason: str
+    answer_pattern: str | None  # finds the answer in the text
+    reference_pattern: str | None  # finds it in the expected answer
+
+
+def response_of(
+    rollout: Rollout, prompt: Prompt, tokenizer: Any, answer_pattern: str | None, reference_pattern: str | None
+) -> Response:
+    """A rollout, made ready to be graded."""
+    return Response(
+        text=tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+        answer=prompt.answer,
+        prompt_id=prompt.prompt_id,
+        response_ids=rollout.response_ids,
+        finish_reason=rollout.finish_reason,
+        answer_pattern=answer_pattern,
+        reference_pattern=reference_pattern,
+    )
+
+
+def grade(response: Response) -> tuple[bool | None, str | None]:
+    """(whether it is right, the answer extracted from it); neither right nor wrong, None, where no answer is expected."""
+    found = extract(response.text, response.answer_pattern)
+    expected = None if response.answer is None else extract(response.answer, response.reference_pattern)
+    return (None if expected is None else is_same_answer(found, expected)), found
+
+
+def exact_match(response: Response) -> float | None:
+    """The task reward 1 for a right answer, 0 for a wrong one; None where no answer is expected."""
+    is_correct, _ = grade(response)
+    return None if is_correct is None else float(is_correct)
 
 
 def extract(text: str, pattern: str | None) -> str | None:

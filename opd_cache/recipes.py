@@ -8,6 +8,7 @@ import io
 import json
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def load_recipe(arguments: list[str] | tuple[str, ...]) -> Recipe:
     for argument in files:
         path = find_recipe(argument)
         merged = _merge(merged, _read_yaml(path), str(path))
+    for override in overrides:
+        merged = _merge(merged, _read_override(override), override)
+    return _checked(merged)
+
+
+def stored_recipe(content: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    """The recipe that `Recipe.to_dict` gave, with `key=value` overrides on top, checked like one written by hand."""
+    merged = _merge(OmegaConf.structured(Recipe), OmegaConf.create(_escaped(content)), where)
     for override in overrides:
         merged = _merge(merged, _read_override(override), override)
     return _checked(merged)

@@ -93,11 +93,12 @@ def open_run(recipe: Recipe) -> Run:
     Raises MismatchError when the directory belongs to another run, PromptError and ModelError on bad input; a
     directory that could not be made leaves nothing behind.
     """
-    if recipe.task.name is not None:
+    run = RunDir(Path(recipe.run_dir))
+    # A replay needs neither the teacher nor the problems that a task would make.
+    if recipe.task.name is not None and not run.replay_json.exists():
         registry.load(registry.TASKS, recipe.task.name, "task.name")(
             Path(recipe.task.dir), recipe.task.seed, recipe.torch_threads
         )
-    run = RunDir(Path(recipe.run_dir))
     if not run.run_json.exists():
         with _removed_when_empty(run.path):
             _make(recipe, run)
@@ -106,6 +107,16 @@ def open_run(recipe: Recipe) -> Run:
         raise MismatchError(
             f"{run.run_json}: schema version {found.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
         )
+    check_same_run(recipe, found, run.run_json)
+    if digest_file(run.prompts) != found["prompts"]["sha256"]:
+        raise CorruptShardError(
+            f"{run.prompts}: changed since the run was made. Put it back, or choose another run_dir."
+        )
+    return Run(recipe, run, found["run_id"], found["prompts"]["sha256"], found["student"]["fingerprint"])
+
+
+def check_same_run(recipe: Recipe, found: dict[str, Any], run_json: Path) -> None:
+    """Refuse a recipe of another run than the one that `run_json` holds. Raises MismatchError, ModelError."""
     wanted = {"seed": recipe.seed, "prompts": asdict(recipe.prompts)}
     recorded = {"seed": found["seed"], "prompts": found["prompts"]["config"]}
     student = found["student"]
@@ -115,13 +126,8 @@ def open_run(recipe: Recipe) -> Run:
     for key, value in wanted.items():
         if value != recorded[key]:
             raise MismatchError(
-                f"{run.run_json}: the run was made with {_difference(key, recorded[key], value)}. Set it back, or choose another run_dir."
+                f"{run_json}: the run was made with {_difference(key, recorded[key], value)}. Set it back, or choose another run_dir."
             )
-    if digest_file(run.prompts) != found["prompts"]["sha256"]:
-        raise CorruptShardError(
-            f"{run.prompts}: changed since the run was made. Put it back, or choose another run_dir."
-        )
-    return Run(recipe, run, found["run_id"], found["prompts"]["sha256"], student["fingerprint"])
 
 
 def _difference(key: str, recorded: Any, wanted: Any) -> str:

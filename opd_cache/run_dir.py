@@ -2,6 +2,7 @@
 
 RUN/
   run.json  prompts.parquet  eval_prompts.parquet  vocab.parquet
+  replay.json  recipe.yaml       only in a replay of another run
   episode=3/            unpadded, so that `where episode = 3` matches the hive partition
     plan.json           rollouts/   scores/teacher=main/   learn/   policy/
   evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
@@ -97,6 +98,11 @@ class RunDir:
     def replay_json(self) -> Path:
         """Only in a replay: which run its rollouts and scores come from."""
         return self.path / "replay.json"
+
+    @property
+    def recipe_yaml(self) -> Path:
+        """Only in a replay: its resolved recipe, to be given to other commands."""
+        return self.path / "recipe.yaml"
 
     @property
     def logs(self) -> Path:

@@ -14,15 +14,7 @@ STAGES = ("rollout", "score", "learn", "eval")
 def run_status(path: Path) -> dict[str, Any]:
     """Everything that `opd-cache status --json` prints. Raises MissingInputError when there is no run."""
     run = RunDir(path)
-    if not run.run_json.exists():
-        raise MissingInputError(
-            f"{path}: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={path}"
-        )
-    identity = read_json(run.run_json)
-    if identity.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {identity.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
+    identity = read_identity(run)
     recipe = identity["recipe"]
     teachers = {
         subject.removeprefix("teacher="): evaluation_summary(run, subject)
@@ -47,6 +39,20 @@ def run_status(path: Path) -> dict[str, Any]:
         },
         "response_tokens": sum(entry["rollouts"]["tokens"] for entry in episodes),
     }
+
+
+def read_identity(run: RunDir) -> dict[str, Any]:
+    """run.json. Raises MissingInputError when there is no run, MismatchError when another version wrote it."""
+    if not run.run_json.exists():
+        raise MissingInputError(
+            f"{run.path}: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={run.path}"
+        )
+    identity = read_json(run.run_json)
+    if identity.get("schema_version") != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{run.run_json}: schema version {identity.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
+        )
+    return identity
 
 
 def _episode(run: RunDir, episode: int) -> dict[str, Any]:

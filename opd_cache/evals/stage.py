@@ -14,7 +14,7 @@ import pyarrow as pa
 from opd_cache.config import ModelConfig, PromptsConfig
 from opd_cache.errors import ConfigError, MismatchError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
-from opd_cache.grade import extract, is_same_answer, pass_at_k
+from opd_cache.grade import grade, pass_at_k, response_of
 from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prompts, take_in_prompts
 from opd_cache.rollout.samples import Sampler
 from opd_cache.rollout.stage import sample_shards
@@ -188,20 +188,19 @@ def _graded(
     run: Run, target: RolloutSet, plan: RolloutPlan, subject: str, mode: str, teacher: str | None, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     options = run.recipe.eval
-    answers = {
-        index: prompt.answer for index, prompt in read_prompts(run.dir.eval_prompts, plan.prompt_indices).items()
-    }
+    prompts = read_prompts(run.dir.eval_prompts, plan.prompt_indices)
     for rollout, reverse_kl in _rollouts_with_kl(target, plan, mode, teacher):
-        answer = answers[rollout.prompt_index]
-        expected = None if answer is None else extract(answer, options.reference_pattern)
-        found = extract(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), options.answer_pattern)
+        prompt = prompts[rollout.prompt_index]
+        is_correct, found = grade(
+            response_of(rollout, prompt, tokenizer, options.answer_pattern, options.reference_pattern)
+        )
         yield {
             "subject": subject,
             "policy_version": plan.policy_version if plan.policy_version >= 0 else None,
             "mode": mode,
             "prompt_index": rollout.prompt_index,
             "sample_index": rollout.sample_index,
-            "correct": None if expected is None else is_same_answer(found, expected),
+            "correct": is_correct,
             "response_answer": found,
             "num_response_tokens": len(rollout.response_ids),
             "finish_reason": rollout.finish_reason,

@@ -2,6 +2,7 @@
 
 # B sequences, T positions, N response tokens, K teacher top-k, H hidden size
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -12,27 +13,35 @@ from opd_cache.errors import ModelError
 from opd_cache.learn.batch import MicroBatch
 from opd_cache.learn.head import Head
 from opd_cache.learn.objective import Objective
-from opd_cache.models import PROBE_TOLERANCE, LanguageModel
+from opd_cache.models import PROBE_TOLERANCE, LanguageModel, autocast_dtype
 
 
 class Student(nn.Module):
     """A language model's body, and its head without the logits."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, precision: str = "float32") -> None:
         super().__init__()
+        self.precision = precision
         self.module = model.module
         self.model = model
         self.head = Head(model)
 
     def forward(self, batch: MicroBatch, objective: Objective) -> Tensor:
         """The micro-batch's share of the step's loss, a scalar."""
-        return self.head(self._hidden(batch), objective.ids_NM, objective)
+        with self._autocast():
+            return self.head(self._hidden(batch), objective.ids_NM, objective)
 
     def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probs [N] of the sampled tokens, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             logprobs_NM, _ = self.head.logprobs(self._hidden(batch), batch.target_ids_N[:, None])
         return logprobs_NM.squeeze(-1)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # In here and not around an engine's call: DeepSpeed switches off what is around its own.
+        device = self.model.device
+        dtype = autocast_dtype(self.precision, device)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden states [N, H] of the positions that predict a response token."""

@@ -50,7 +50,7 @@ def build_student(options: LearnConfig, student: ModelConfig, folder: Path, devi
         if options.gradient_checkpointing:
             # Else a checkpointed block whose inputs carry no gradient would be cut off.
             model.module.enable_input_require_grads()
-    return Student(model)
+    return Student(model, options.precision)
 
 
 def load_student(model: LanguageModel, options: LearnConfig, folder: Path) -> bool:

@@ -1,8 +1,10 @@
 """Which prompts an episode uses, and in which order: a pure function of the run's seed and the episode's number."""
 
+from typing import Any
+
 import numpy as np
 
-from opd_cache.config import Recipe
+from opd_cache.config import EvalConfig, Recipe
 from opd_cache.errors import ConfigError
 from opd_cache.store.plans import RolloutPlan, SamplingPlan
 from opd_cache.types import derive_seed
@@ -50,4 +52,14 @@ def plan_episode(
         sampling=SamplingPlan(
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, stop_token_ids
         ),
+        reward=None if options.reward is None else _reward_facts(options.reward, recipe.eval),
     )
+
+
+def _reward_facts(name: str, options: EvalConfig) -> dict[str, Any]:
+    """What a reward follows from. Answers are found as evaluations find them."""
+    return {
+        "name": name,
+        "answer_pattern": options.answer_pattern,
+        "reference_pattern": options.reference_pattern,
+    }

@@ -1,6 +1,7 @@
 """The rollout stage: for every missing shard, sample the responses of its prompts and publish them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from opd_cache.errors import StoreError
 from opd_cache.logs import StageProgress
 from opd_cache.prompts.intake import count_prompts, read_prompts
 from opd_cache.rollout.plan import plan_episode
+from opd_cache.rollout.rewards import RolloutReward, new_reward
 from opd_cache.rollout.samples import Sample, Sampler, SampleRequest
 from opd_cache.run import Run, stop_token_ids
 from opd_cache.run_dir import RolloutSet
@@ -32,7 +34,7 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
     """Sample an episode's missing shards; True when the stage is sealed.
 
     Raises MissingInputError when the policy is not there yet, MismatchError when the recipe no longer says what the
-    episode was planned with.
+    episode was planned with, StoreError on a reward that is no number.
     """
     target = run.dir.episode(episode)
     if target.plan.exists():
@@ -51,10 +53,14 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
         count_prompts(run.dir.prompts),
         stop_token_ids(run.recipe, folder),
     )
+    # A reward that cannot be loaded is refused before the plan fixes its name.
+    reward = new_reward(plan.reward, run.recipe.student)
     publish_rollout_plan(target, plan, f"Set it back, or move {target.path} away to sample the episode again.")
-    return sample_shards(
-        run, target, plan, run.dir.prompts, sampler, lambda: sampler.load_policy(run.policy_config(episode)), share
-    )
+
+    def load() -> None:
+        sampler.load_policy(run.policy_config(episode))
+
+    return sample_shards(run, target, plan, run.dir.prompts, sampler, load, share, reward)
 
 
 def sample_shards(
@@ -65,6 +71,7 @@ def sample_shards(
     sampler: Sampler,
     load: Callable[[], None],
     share: Share = EVERYTHING,
+    reward: RolloutReward | None = None,
 ) -> bool:
     """Make the missing rollout shards of a plan. `load` gives the sampler its weights and is called only when needed."""
     shards = rollout_shards(target, plan)
@@ -72,14 +79,19 @@ def sample_shards(
         load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
-        rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress)
+        rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress, reward)
         return _row_groups(rollouts, plan, shards)
 
     return make_shards("rollout", run.dir, target, plan, shards, share, make, {"engine": sampler.engine})
 
 
 def _sample_shard(
-    plan: RolloutPlan, shard: int, prompts_path: Path, sampler: Sampler, progress: StageProgress
+    plan: RolloutPlan,
+    shard: int,
+    prompts_path: Path,
+    sampler: Sampler,
+    progress: StageProgress,
+    reward: RolloutReward | None,
 ) -> list[Rollout]:
     indices = plan.shard_prompts(shard)
     prompts = read_prompts(prompts_path, indices)
@@ -90,12 +102,13 @@ def _sample_shard(
     ]
     rollouts: dict[int, Rollout] = {}
     for sampled in sampler.sample(requests, plan.sampling):
-        rollout = _rollout(plan, *order[sampled.key], sampled)
+        prompt, sample_index = order[sampled.key]
+        rollout = _rollout(plan, prompt, sample_index, sampled)
         if fault := rollout_fault(rollout):
             raise StoreError(
                 f"the sampler ({sampler.engine}) made {rollout.rollout_id}: {fault}; nothing was published."
             )
-        rollouts[sampled.key] = rollout
+        rollouts[sampled.key] = rollout if reward is None else replace(rollout, reward=reward(rollout, prompt))
         progress.advance(1, len(sampled.response_ids))
     if len(rollouts) != len(order):
         raise StoreError(

@@ -1,5 +1,6 @@
 """Rollouts and scores side by side. Aligned shards are zipped, and every row is checked: id, ids hash, lengths, values."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,13 +91,16 @@ def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[
 
 
 def rollout_fault(rollout: Rollout) -> str | None:
-    """What makes a rollout unfit to be stored or learned from: lengths that differ, values that no log-prob has."""
+    """What makes a rollout unfit to be stored or learned from: lengths that differ, values that no log-prob or
+    reward has."""
     for name in ("sampling_logprobs", "raw_logprobs"):
         values = getattr(rollout, name)
         if values is not None and len(values) != len(rollout.response_ids):
             return f"{name} has {len(values)} values, response_ids has {len(rollout.response_ids)}"
         if values is not None and (fault := _logprob_fault(values, name)):
             return fault
+    if rollout.reward is not None and not math.isfinite(rollout.reward):
+        return f"reward is {rollout.reward}; expected a finite number"
     return None
 
 

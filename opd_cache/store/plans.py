@@ -42,7 +42,7 @@ class RolloutPlan:
     n_samples_per_prompt: int
     prompts_per_shard: int
     sampling: SamplingPlan
-    reward: dict[str, Any] | None = None  # the task reward's name and settings
+    reward: dict[str, Any] | None = None  # the task reward: name, answer_pattern, reference_pattern
 
     @property
     def num_shards(self) -> int:
@@ -91,11 +91,12 @@ def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
         "sampler": plan.sampler,
         "dtype": plan.dtype,
         "sampling": asdict(plan.sampling),
+        **({} if plan.reward is None else {"reward": plan.reward}),
     }
     return ShardSet(
         target.rollouts,
         plan.num_shards,
-        rollouts_schema(plan.sampling.cuts_distribution),
+        rollouts_schema(plan.sampling.cuts_distribution, plan.reward is not None),
         about,
         stage_command("rollout", target),
     )

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, TryAgainError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Another file system, one without hard links, too many links, a file of another user.
+NO_LINK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.EPERM}
 TEMPORARY_SUFFIX = ".tmp"
 MAX_DIFFERENCES = 5  # named in one error line
 
@@ -85,6 +87,36 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
             return won
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def publish_link(source: Path, final: Path) -> None:
+    """Give a published file a second name: a hard link, or a whole copy where there can be none.
+
+    Raises MismatchError when that name belongs to another file.
+    """
+
+    def write(file: BinaryIO) -> None:
+        with open(source, "rb") as original:
+            shutil.copyfileobj(original, file)
+
+    def check(path: Path) -> None:
+        if not path.samefile(source) and digest_file(path) != digest_file(source):
+            raise MismatchError(f"{path}: another file than {source}. Move one of them away and run the command again.")
+
+    if final.exists():
+        check(final)
+        return
+    with explained_disk_errors(final):
+        make_folder(final.parent)
+        try:
+            os.link(source, final)
+            fsync_folder(final.parent)
+        except FileExistsError:
+            check(final)
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+            publish_file(final, write, check)
 
 
 def canonical_json(content: Any) -> bytes:

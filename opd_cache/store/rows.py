@@ -13,8 +13,9 @@ ROWS_PER_GROUP = 256
 ROWS_PER_GROUP_TOPK = 64
 
 
-def rollouts_schema(with_raw_logprobs: bool) -> pa.Schema:
-    return schema.arrow_schema(schema.ROLLOUTS, frozenset({"raw_logprobs"} if with_raw_logprobs else ()))
+def rollouts_schema(with_raw_logprobs: bool, with_reward: bool) -> pa.Schema:
+    chosen = {"raw_logprobs": with_raw_logprobs, "reward": with_reward}
+    return schema.arrow_schema(schema.ROLLOUTS, frozenset(name for name, is_chosen in chosen.items() if is_chosen))
 
 
 def scores_schema(top_k: int) -> pa.Schema:
@@ -42,6 +43,7 @@ def rollout_batch(rows: Sequence[Rollout], table_schema: pa.Schema) -> pa.Record
         "response_ids": [r.response_ids for r in rows],
         "sampling_logprobs": [r.sampling_logprobs for r in rows],
         "raw_logprobs": [r.raw_logprobs for r in rows],
+        "reward": [r.reward for r in rows],
     }
     return _record_batch(columns, table_schema)
 
@@ -89,6 +91,7 @@ def rollouts_of(table: pa.Table) -> list[Rollout]:
     prompt_ids, response_ids = split_lists(table, "prompt_ids"), split_lists(table, "response_ids")
     sampling = split_lists(table, "sampling_logprobs")
     raw = split_lists(table, "raw_logprobs") if "raw_logprobs" in table.column_names else [None] * len(table)
+    rewards = table["reward"].to_pylist() if "reward" in table.column_names else [None] * len(table)
     return [
         Rollout(
             rollout_id=scalars["rollout_id"][i],
@@ -100,6 +103,7 @@ def rollouts_of(table: pa.Table) -> list[Rollout]:
             finish_reason=scalars["finish_reason"][i],
             policy_version=scalars["policy_version"][i],
             raw_logprobs=raw[i],
+            reward=rewards[i],
         )
         for i in range(len(table))
     ]

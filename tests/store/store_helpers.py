@@ -74,11 +74,17 @@ def make_scores(rollouts: Sequence[Rollout], top_k: int = 4, seed: int = 1) -> l
 
 
 def rollout_set(
-    run: Path, num_shards: int = 1, run_id: str = "run-a", plan: str = "plan-a", raw_logprobs: bool = False
+    run: Path,
+    num_shards: int = 1,
+    run_id: str = "run-a",
+    plan: str = "plan-a",
+    raw_logprobs: bool = False,
+    reward: bool = False,
 ) -> ShardSet:
     """The rollout shards of episode 3."""
     about = {"run_id": run_id, "stage": "rollout", "scope": "3", "plan": plan, "policy_version": 3}
-    return ShardSet(run / "episode=3" / "rollouts", num_shards, rollouts_schema(raw_logprobs), about, ROLLOUT_COMMAND)
+    schema = rollouts_schema(raw_logprobs, reward)
+    return ShardSet(run / "episode=3" / "rollouts", num_shards, schema, about, ROLLOUT_COMMAND)
 
 
 def score_set(run: Path, num_shards: int = 1, top_k: int = 4, run_id: str = "run-a") -> ShardSet:

@@ -400,10 +400,11 @@ def test_same_rows_give_the_same_bytes(tmp_path):
 
 ids = st.integers(0, 2**31 - 1)
 logprobs = st.floats(max_value=0, allow_nan=False, width=32)
+rewards = st.none() | st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 @st.composite
-def rollouts(draw: st.DrawFn, raw_logprobs: bool) -> list[Rollout]:
+def rollouts(draw: st.DrawFn, raw_logprobs: bool, reward: bool) -> list[Rollout]:
     rows = []
     for index in range(draw(st.integers(0, 7))):
         length = draw(st.integers(0, 9))
@@ -422,6 +423,7 @@ def rollouts(draw: st.DrawFn, raw_logprobs: bool) -> list[Rollout]:
                 finish_reason=draw(st.sampled_from(["stop", "length"])),
                 policy_version=draw(ids),
                 raw_logprobs=values(logprobs, np.float32) if raw_logprobs else None,
+                reward=draw(rewards) if reward else None,
             )
         )
     return rows
@@ -452,12 +454,18 @@ def scores(draw: st.DrawFn, of: list[Rollout], top_k: int) -> list[Score]:
 
 
 @settings(max_examples=40, derandomize=True, deadline=None, database=None)
-@given(data=st.data(), raw_logprobs=st.booleans(), top_k=st.integers(0, 3), rows_per_group=st.integers(1, 5))
-def test_rows_come_back_as_they_were_written(tmp_path_factory, data, raw_logprobs, top_k, rows_per_group):
+@given(
+    data=st.data(),
+    raw_logprobs=st.booleans(),
+    reward=st.booleans(),
+    top_k=st.integers(0, 3),
+    rows_per_group=st.integers(1, 5),
+)
+def test_rows_come_back_as_they_were_written(tmp_path_factory, data, raw_logprobs, reward, top_k, rows_per_group):
     run = tmp_path_factory.mktemp("round_trip")
-    written = data.draw(rollouts(raw_logprobs))
+    written = data.draw(rollouts(raw_logprobs, reward))
     written_scores = data.draw(scores(written, top_k))
-    left, right = rollout_set(run, raw_logprobs=raw_logprobs), score_set(run, top_k=top_k)
+    left, right = rollout_set(run, raw_logprobs=raw_logprobs, reward=reward), score_set(run, top_k=top_k)
     publish_rollouts(left, 0, written, rows_per_group)
     publish_scores(right, 0, written_scores, rows_per_group)
     assert same_rows(list(read_rollouts(left, 0)), written)

@@ -1,7 +1,6 @@
 """The DeepSpeed engine: the ranks share out optimizer states, gradients and weights (ZeRO). Float32 weights, bfloat16
 where the hardware has it, torch's AdamW, and the torch engine's files, whatever the stage and the number of ranks."""
 
-import contextlib
 import logging
 import math
 import os
@@ -23,7 +22,6 @@ from opd_cache.learn.objective import Objective
 from opd_cache.learn.ranks import Ranks
 from opd_cache.learn.student import Student
 from opd_cache.learn.weights import build_student, parameter_groups, read_optimizer, write_optimizer, write_student
-from opd_cache.models import autocast_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -81,7 +79,12 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 50_000_000}
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        }
+        zero |= self.options.deepspeed.zero_options
         if self.options.deepspeed.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
@@ -94,16 +97,10 @@ class DeepSpeedEngine:
             "steps_per_print": None,
         }
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = autocast_dtype(self.options.precision, self.device)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-
     def forward_backward(self, batch: MicroBatch, objective: Objective, is_last: bool) -> None:
         self._holds = None
         self._engine.set_gradient_accumulation_boundary(is_last)
-        with self._autocast():
-            loss = self._engine(batch, objective)
-        self._engine.backward(loss)
+        self._engine.backward(self._engine(batch, objective))
 
     def optimizer_step(self, learning_rate: float) -> float:
         for group in self._adam.param_groups:
@@ -123,7 +120,7 @@ class DeepSpeedEngine:
         return norm
 
     def reference_logprobs(self, batch: MicroBatch) -> Tensor:
-        with adapters_off(self.student.module), self._autocast():
+        with adapters_off(self.student.module):
             return self.student.sampled_logprobs(batch)
 
     def save(self, folder: Path | None) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from opd_cache.learn.weights import (
     write_optimizer,
     write_student,
 )
-from opd_cache.models import autocast_dtype
 
 
 class TorchEngine:
@@ -79,18 +77,12 @@ class TorchEngine:
                 self.student, gradient_as_bucket_view=True, find_unused_parameters=True
             )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = autocast_dtype(self.options.precision, self.device)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-
     def forward_backward(self, batch: MicroBatch, objective: Objective, is_last: bool) -> None:
         self._holds = None
         # Gradients of earlier micro-batches stay where they are and travel with the last one's.
         keep = isinstance(self._wrapped, DistributedDataParallel) and not is_last
         with self._wrapped.no_sync() if keep else contextlib.nullcontext():  # type: ignore[operator]
-            with self._autocast():
-                loss = self._wrapped(batch, objective)
-            loss.backward()
+            self._wrapped(batch, objective).backward()
 
     def optimizer_step(self, learning_rate: float) -> float:
         limit = self.options.max_grad_norm
@@ -107,7 +99,7 @@ class TorchEngine:
         return norm
 
     def reference_logprobs(self, batch: MicroBatch) -> Tensor:
-        with adapters_off(self.student.module), self._autocast():
+        with adapters_off(self.student.module):
             return self.student.sampled_logprobs(batch)
 
     def save(self, folder: Path | None) -> None:
