@@ -7,6 +7,7 @@ the head runs only at the positions that predict a response token.
 # B sequences, T positions, N response tokens of a batch, H hidden size, V vocabulary
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -163,24 +164,24 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
     }
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
+    adapters = folder / ADAPTER_CONFIG
     try:
-        module = AutoModelForCausalLM.from_pretrained(folder, **options)
+        base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
+        module = AutoModelForCausalLM.from_pretrained(base, **options)
+        if adapters.is_file():
+            module = _with_adapters(module, folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if (folder / ADAPTER_CONFIG).is_file():
-        merge_adapters(module)
     model = LanguageModel(module.to(device).eval(), config.model)
     model.check_split()
     return model
 
 
-def merge_adapters(module: Any) -> None:
-    """Add the LoRA adapters that came with a model to its weights, so that it computes as a plain one."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _with_adapters(module: Any, folder: Path) -> Any:
+    """A base model with a folder's LoRA adapters added to its weights: it computes as a plain one."""
+    from peft import PeftModel
 
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+    return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
 
 
 def load_weights_into(model: LanguageModel, folder: Path) -> bool:
