@@ -91,7 +91,7 @@ def test_a_second_run_of_the_same_command_changes_nothing(finished_run: Run, tmp
 def test_learning_resumed_at_any_checkpoint_equals_learning_in_one_go(
     finished_run: Run, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """Every checkpoint inside an episode is kept aside, put back alone, and gone on from in a fresh engine."""
+    """Every checkpoint inside an episode is put back alone, and gone on from in a fresh engine."""
     from opd_cache.learn import stage
     from opd_cache.run import open_run
 
@@ -99,20 +99,14 @@ def test_learning_resumed_at_any_checkpoint_equals_learning_in_one_go(
     shutil.copytree(finished_run.dir.path, path)
     for folder in ("policy", "learn"):
         shutil.rmtree(path / "episode=1" / folder)
-    run = open_run(make_recipe(path, "learn.checkpoint_every_steps=1"))
-    kept: list[Path] = []
-    original = stage.remove_checkpoints
-
-    def keep_aside(folder: Path, older_than: Path | None = None) -> None:
-        if older_than is not None:
-            kept.append(Path(shutil.copytree(older_than, tmp_path / older_than.name)))
-        original(folder, older_than)
-
-    stage.remove_checkpoints = keep_aside
-    try:
-        stage.learn_episode(run, 1, stage.new_engine(run))
-    finally:
-        stage.remove_checkpoints = original
+    keeping = open_run(make_recipe(path, "learn.keep_every=1"))
+    stage.learn_episode(keeping, 1, stage.new_engine(keeping))
+    assert_same_run(path, finished_run.dir.path)
+    kept = [
+        Path(shutil.move(folder, tmp_path / folder.name))
+        for folder in sorted((path / "episode=1/learn").glob("checkpoint-*"))
+    ]
+    run = open_run(make_recipe(path))
     assert [folder.name for folder in kept] == ["checkpoint-000001", "checkpoint-000002"]
     for folder in kept:
         shutil.rmtree(path / "episode=1" / "policy")
