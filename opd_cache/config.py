@@ -264,8 +264,15 @@ class LearnConfig:
         "auto: bfloat16 autocast where the hardware has it. Weights stay float32.",
         choices=("auto", "float32", "bfloat16"),
     )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward: less memory, a third more compute."
+    liger: str = option(
+        "auto",
+        "Liger's fused LM head, for losses on the sampled token alone (entropies are then rounded to bfloat16). auto: in bfloat16 on a Hopper GPU, where it is installed (the `liger` extra); always: or stop.",
+        choices=("auto", "never", "always"),
+    )
+    gradient_checkpointing: str = option(
+        "none",
+        "Activations computed again in the backward. selective: all but matrix products and attention, half the memory for a few percent of time; full: whole blocks, least memory, a third more compute.",
+        choices=("none", "selective", "full"),
     )
     mask_truncated: bool = option(False, "Leave responses that hit max_new_tokens out of the loss.")
     checkpoint_every_steps: Optional[int] = option(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_cache.errors import ModelError
+from opd_cache.learn.fused import FusedLogprobs, check_fused, fused_logprobs
 from opd_cache.models import LanguageModel
 
 # The weight and its gradient are read for every chunk, so that much fewer rows are bound by memory; much more only fill it.
@@ -37,7 +38,7 @@ class Head(nn.Module):
     Owns the weight a second time, beside the model, so that ZeRO-3 gathers it when this module is called.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, liger: str = "never") -> None:
         super().__init__()
         if type(model.head) is not nn.Linear:
             raise ModelError(
@@ -45,10 +46,34 @@ class Head(nn.Module):
             )
         self.weight, self.bias = model.head.weight, model.head.bias
         self.scale, self.softcap = model.logit_scale, model.softcap
+        # Neither a bias nor a soft cap is in Liger's kernel.
+        self.liger = liger if self.bias is None and self.softcap is None else "never"
+        self._fused: FusedLogprobs | None = None
 
     def forward(self, hidden_NH: Tensor, ids_NM: Tensor, losses: TokenLosses) -> Tensor:
         """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the weight."""
+        with _plain_precision(self.weight) as dtype:
+            if ids_NM.shape[1] == 1 and (fused := self._fused_logprobs(hidden_NH, dtype)):
+                hidden, weight = hidden_NH.to(dtype), self.weight.to(dtype)
+                logprobs_N, entropy_N = fused(hidden, weight, ids_NM.squeeze(1), self.scale)
+                return losses(slice(0, len(ids_NM)), logprobs_N[:, None], entropy_N)
         return _HeadLoss.apply(hidden_NH, self.weight, self.bias, self, ids_NM, losses)
+
+    def _fused_logprobs(self, hidden_NH: Tensor, dtype: torch.dtype) -> FusedLogprobs | None:
+        """Liger's way, where it is wanted and gives the same; found out at the first call."""
+        if self.liger != "never" and self._fused is None:
+            self._fused = fused_logprobs(self.liger, hidden_NH.device, dtype)
+            if self._fused is None:
+                self.liger = "never"
+            else:
+                check_fused(self._fused, self._all_logits, hidden_NH.to(dtype), self.weight.to(dtype))
+        return self._fused
+
+    def _all_logits(self, hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The plain formula, for a few rows."""
+        logprobs_NV = (nn.functional.linear(hidden_NH, weight_VH).float() * scale).log_softmax(-1)
+        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        return logprobs_NV.gather(-1, ids_N[:, None]).squeeze(1), entropy_N.detach()
 
     def logprobs(self, hidden_NH: Tensor, ids_NM: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probs [N, M] of the given ids, entropy [N]), nats, float32, without gradient."""
@@ -119,6 +144,7 @@ class _HeadLoss(torch.autograd.Function):
                     _add_product(grad_weight, grad_NV.t(), hidden[rows])
                 if grad_bias is not None:
                     grad_bias += grad_NV.sum(0)
+                del logits_NV, probs_NV, grad_NV  # else the next chunk's stand beside them
         ctx.grads = [
             None if grad is None or parameter is None else grad.to(parameter.dtype)
             for grad, parameter in ((grad_hidden, hidden_NH), (grad_weight, weight_VH), (grad_bias, bias_V))
@@ -156,7 +182,7 @@ def _gather_all(
     logprobs_NM = torch.empty(ids_NM.shape, device=hidden_NH.device)
     entropy_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
     for rows in _chunks(len(hidden_NH)):
-        _, _, logprobs_NM[rows], entropy_N[rows] = _gather(head, hidden_NH[rows], weight_VH, bias_V, ids_NM[rows])
+        logprobs_NM[rows], entropy_N[rows] = _gather(head, hidden_NH[rows], weight_VH, bias_V, ids_NM[rows])[2:]
     return logprobs_NM, entropy_N
 
 

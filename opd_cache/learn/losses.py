@@ -42,7 +42,7 @@ class TokenLogprobs:
     student_logprobs_N: Tensor  # live
     sampling_logprobs_N: Tensor  # when it sampled
     teacher_logprobs_N: Tensor
-    topk_ids_NK: Tensor  # the teacher's likeliest
+    topk_ids_NK: Tensor  # the teacher's likeliest; K is 0 for a loss that does not need them
     topk_logprobs_NK: Tensor
     student_topk_logprobs_NK: Tensor  # live, at topk_ids; −inf where the student has no such id
     row_N: Tensor  # int64: which response each token belongs to; a response's tokens are neighbours, in order

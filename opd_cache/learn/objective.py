@@ -40,8 +40,10 @@ class Objective:
         self.loss, self.config, self.facts, self.batch = loss, config, facts, batch
         self.reference_logprobs_N = reference_logprobs_N
         self.looks_across = loss.needs_responses
-        self.beyond_NK = batch.topk_ids_NK >= vocab_size
-        self.ids_NM = torch.cat([batch.target_ids_N[:, None], batch.topk_ids_NK.masked_fill(self.beyond_NK, 0)], dim=-1)
+        kept = slice(None) if loss.needs_topk else slice(0)
+        self.topk_ids_NK, self.topk_logprobs_NK = batch.topk_ids_NK[:, kept], batch.topk_logprobs_NK[:, kept]
+        self.beyond_NK = self.topk_ids_NK >= vocab_size
+        self.ids_NM = torch.cat([batch.target_ids_N[:, None], self.topk_ids_NK.masked_fill(self.beyond_NK, 0)], dim=-1)
         self._figures: list[Tensor] = []  # [F, N] of each chunk
 
     def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
@@ -53,8 +55,8 @@ class Objective:
             student_logprobs_N=logprobs_NM[:, 0],
             sampling_logprobs_N=batch.sampling_logprobs_N[rows],
             teacher_logprobs_N=batch.teacher_logprobs_N[rows],
-            topk_ids_NK=batch.topk_ids_NK[rows],
-            topk_logprobs_NK=batch.topk_logprobs_NK[rows],
+            topk_ids_NK=self.topk_ids_NK[rows],
+            topk_logprobs_NK=self.topk_logprobs_NK[rows],
             student_topk_logprobs_NK=logprobs_NM[:, 1:].masked_fill(self.beyond_NK[rows], -torch.inf),
             row_N=batch.row_N[rows],
             reward_advantages_N=batch.reward_advantages_N[rows],

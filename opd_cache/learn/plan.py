@@ -15,6 +15,7 @@ NOT_IN_THE_PLAN = (
     "deepspeed",
     "packing",
     "max_tokens_per_micro_batch",
+    "liger",
     "gradient_checkpointing",
     "checkpoint_every_steps",
     "keep_last",

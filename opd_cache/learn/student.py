@@ -19,12 +19,12 @@ from opd_cache.models import PROBE_TOLERANCE, LanguageModel, autocast_dtype
 class Student(nn.Module):
     """A language model's body, and its head without the logits."""
 
-    def __init__(self, model: LanguageModel, precision: str = "float32") -> None:
+    def __init__(self, model: LanguageModel, precision: str = "float32", liger: str = "never") -> None:
         super().__init__()
         self.precision = precision
         self.module = model.module
         self.model = model
-        self.head = Head(model)
+        self.head = Head(model, liger)
 
     def forward(self, batch: MicroBatch, objective: Objective) -> Tensor:
         """The micro-batch's share of the step's loss, a scalar."""

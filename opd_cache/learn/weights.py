@@ -17,6 +17,7 @@ from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.fingerprint import model_folder
 from opd_cache.learn.checkpoint import TRAINER, copy_model_files
 from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
+from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.student import Student
 from opd_cache.models import LanguageModel, load_model, load_weights_into
 
@@ -38,19 +39,17 @@ def build_student(options: LearnConfig, student: ModelConfig, folder: Path, devi
         trust_remote_code=student.trust_remote_code,
     )
     model = load_model(config, "student")
-    if options.gradient_checkpointing:
-        # transformers checkpoints in train mode only, where dropout would move the student's log-probs.
-        _disable_dropout(model.module)
-        model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.module.train()
+    recomputes = options.gradient_checkpointing != "none"
+    if recomputes:
+        recompute_activations(model.module, options.gradient_checkpointing)
         model.check_split()
     if uses_lora:
         add_adapters(model, options.lora)
         load_student(model, options, folder)
-        if options.gradient_checkpointing:
+        if recomputes:
             # Else a checkpointed block whose inputs carry no gradient would be cut off.
             model.module.enable_input_require_grads()
-    return Student(model, options.precision)
+    return Student(model, options.precision, options.liger)
 
 
 def load_student(model: LanguageModel, options: LearnConfig, folder: Path) -> bool:
@@ -133,13 +132,3 @@ def read_optimizer(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 def _optimizer_file(folder: Path, number: int) -> Path:
     return folder / TRAINER / ("optimizer.safetensors" if number == 0 else f"optimizer-{number:04d}.safetensors")
-
-
-def _disable_dropout(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, nn.Dropout):
-            child.p = 0.0
-        # Attention and residual dropout are often plain numbers, read in forward.
-        for name, value in vars(child).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(child, name, 0.0)

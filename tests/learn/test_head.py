@@ -1,5 +1,6 @@
 """The LM head without its logits equals the plain formula, in values, gradients and whatever the chunk size."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -102,6 +103,57 @@ def test_loss_and_gradients_equal_the_plain_formula(
     torch.testing.assert_close(entropies.double(), entropy, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("function", "looks_across"), [(per_token, False), (across_tokens, True)])
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_ligers_fused_head_gives_the_plain_formula_for_the_sampled_token(
+    inputs: tuple[Tensor, Tensor], function: Callable[[Tensor], Tensor], looks_across: bool, scale: float
+) -> None:
+    hidden, ids = inputs
+
+    def of_sampled(logprobs: Tensor) -> Tensor:
+        return function(logprobs.expand(-1, 2))
+
+    head = a_head(False, None, scale)
+    head.liger = "always"
+    expected, entropy, gradients = plain(head, hidden, ids[:, :1], of_sampled)
+    leaf, loss = hidden.clone().requires_grad_(), AnyLoss(of_sampled, looks_across)
+    found = head(leaf, ids[:, :1], loss)
+    found.backward()
+    assert head._fused is not None
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(loss.entropy.double(), entropy, atol=1e-5, rtol=0)
+    for tensor, gradient in zip([leaf, head.weight], gradients, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_ligers_head_is_used_only_for_what_it_can_do(inputs: tuple[Tensor, Tensor]) -> None:
+    hidden, ids = inputs
+    for liger, columns in (("always", ids), ("auto", ids[:, :1])):  # top-k ids; no Hopper GPU here
+        head = a_head(False, None, 1.0)
+        head.liger = liger
+        head(hidden.requires_grad_(), columns, AnyLoss(lambda logprobs: logprobs.sum()))
+        assert head._fused is None
+    for bias, softcap in ((True, None), (False, 5.0)):
+        model = LanguageModel(tiny_qwen2(seed=1, tie_word_embeddings=False), "tiny")
+        model.softcap, model.head.bias = softcap, nn.Parameter(torch.zeros(VOCAB)) if bias else None
+        assert Head(model, "always").liger == "never"
+
+
+def test_a_fused_head_that_gives_other_numbers_is_refused(
+    inputs: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, ids = inputs
+    head = a_head(False, None, 1.0)
+    head.liger = "always"
+
+    def shifted(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return head._all_logits(hidden, weight, (ids + 1) % VOCAB, scale)
+
+    monkeypatch.setattr(head_module, "fused_logprobs", lambda *_: shifted)
+    with pytest.raises(ModelError, match=r"Liger's fused head differs from the plain one by .* of the log-probs"):
+        head(hidden.requires_grad_(), ids[:, :1], AnyLoss(lambda logprobs: logprobs.sum()))
+
+
 def test_a_frozen_head_passes_the_gradient_on_and_keeps_none(inputs: tuple[Tensor, Tensor]) -> None:
     hidden, ids = inputs
     head = a_head(False, None, 1.0)
@@ -129,23 +181,27 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tenso
         assert similarity > 0.999
 
 
-def test_no_matrix_of_all_tokens_and_the_vocabulary_ever_exists() -> None:
-    """The largest tensor that the head allocates has a chunk's rows, whatever the number of tokens."""
-    tokens, sizes = 4 * head_module.ROWS_PER_CHUNK, []
+@pytest.mark.parametrize("looks_across", [False, True])
+def test_two_matrices_of_a_chunk_and_the_vocabulary_are_all_that_ever_exists(looks_across: bool) -> None:
+    tokens, size, alive = 4 * head_module.ROWS_PER_CHUNK, head_module.ROWS_PER_CHUNK * VOCAB, []
+    largest = most = 0
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest, most
             result = function(*args, **(kwargs or {}))
-            sizes.extend(
-                tensor.numel() for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, Tensor)
-            )
+            found = [tensor for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, Tensor)]
+            alive.extend(weakref.ref(tensor) for tensor in found if tensor.numel() == size)
+            largest = max(largest, *(tensor.numel() for tensor in found), 0)
+            most = max(most, len({tensor.data_ptr() for link in alive if (tensor := link()) is not None}))
             return result
 
     head = a_head(False, None, 1.0)
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
-    with Sizes():
-        head(hidden, torch.zeros(tokens, 2, dtype=torch.int64), AnyLoss(per_token)).backward()
-    assert max(sizes) == head_module.ROWS_PER_CHUNK * VOCAB
+    with Watched():
+        head(hidden, torch.zeros(tokens, 2, dtype=torch.int64), AnyLoss(per_token, looks_across)).backward()
+    assert largest == size
+    assert most == 2
 
 
 def test_a_head_that_is_no_linear_layer_is_refused() -> None:

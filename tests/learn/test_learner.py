@@ -219,16 +219,27 @@ def test_learning_rate_schedules(finished_run: Run, schedule: str, expected: lis
     assert [plan.learning_rate(step, config) for step in range(4)] == pytest.approx(expected, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_memory_and_not_the_gradient(
-    finished_run: Run, engine: TorchEngine, rows: list[Joined]
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_gradient_checkpointing_keeps_less_and_does_not_change_the_gradient(
+    finished_run: Run, engine: TorchEngine, rows: list[Joined], how: str
 ) -> None:
     expected, _ = gradients_of_a_step(finished_run, engine, rows)
-    options = replace(finished_run.recipe.learn, gradient_checkpointing=True)
+    options = replace(finished_run.recipe.learn, gradient_checkpointing=how)
     other = TorchEngine(options, finished_run.recipe.student, ALONE)
     other.load(finished_run.policy_folder(0), with_optimizer=False)
     found, _ = gradients_of_a_step(finished_run, other, rows)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+    assert kept_bytes(other, rows) < {"selective": 0.7, "full": 0.3}[how] * kept_bytes(engine, rows)
+
+
+def kept_bytes(engine: TorchEngine, rows: list[Joined]) -> int:
+    """Memory that the body's forward takes and does not give back before the backward."""
+    batch = one_micro_batch(rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        hidden = engine.student.model.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+    assert hidden.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages())
 
 
 def test_a_policy_is_a_plain_hugging_face_folder_with_a_whole_manifest(finished_run: Run) -> None:
@@ -288,7 +299,7 @@ def test_top_k_ids_beyond_the_students_vocabulary_are_impossible_for_it(
 
 def test_gradient_checkpointing_leaves_no_dropout_on(finished_run: Run, rows: list[Joined], tmp_path: Path) -> None:
     folder = save_model(tiny_qwen2(seed=1, attention_dropout=0.3), tmp_path / "student")
-    options = replace(finished_run.recipe.learn, gradient_checkpointing=True)
+    options = replace(finished_run.recipe.learn, gradient_checkpointing="selective")
     engine = TorchEngine(options, ModelConfig(model=str(folder), device="cpu"), ALONE)
     engine.load(folder, with_optimizer=False)
     assert engine.student.module.training

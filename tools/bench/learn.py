@@ -2,8 +2,9 @@
 
     python tools/bench/learn.py --repeats 3 --json
 
-Both take the same rows, model, loss, clip and optimizer, each in processes of its own, in turns; the plain one pads the
-batch once and takes log-softmax over logits at every position. Peak memory is the process's (resident set).
+Both take the same rows, model, loss, clip, optimizer and recomputation of the body's activations, each in processes of
+its own, in turns; the plain one pads the batch once and takes log-softmax over logits at every position. Peak memory is
+the process's (resident set).
 """
 
 import argparse
@@ -25,14 +26,16 @@ from opd_cache.config import LearnConfig, ModelConfig, Recipe
 from opd_cache.learn.batch import micro_batches
 from opd_cache.learn.engines.torch import TorchEngine
 from opd_cache.learn.ranks import ALONE
+from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.step import Trainer
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
 VOCAB = 151_936
-SEQUENCES, PROMPT, RESPONSE = 8, (150, 250), (200, 400)
+# As many as the default token budget takes in one micro-batch, so that neither side splits the batch.
+SEQUENCES, PROMPT, RESPONSE = 12, (150, 250), (200, 400)
 BODY = {
-    "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 8, "num_attention_heads": 12,
+    "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }  # fmt: skip
 
@@ -61,15 +64,15 @@ def make_rows() -> list[Joined]:
     return rows
 
 
-def learn_config() -> LearnConfig:
+def learn_config(checkpointing: str) -> LearnConfig:
     """As shipped, but for a rate that leaves the figures of the steps comparable."""
-    config = LearnConfig(learning_rate=1e-5)
+    config = LearnConfig(learning_rate=1e-5, gradient_checkpointing=checkpointing)
     config.loss.clip_ratio_low, config.loss.clip_ratio_high = 1.0, 1e9
     return config
 
 
-def opd_cache_steps(folder: Path, count: int) -> list[tuple[float, float, float]]:
-    recipe = Recipe(run_dir="", student=ModelConfig(str(folder), device="cpu"), learn=learn_config())
+def opd_cache_steps(folder: Path, count: int, checkpointing: str) -> list[tuple[float, float, float]]:
+    recipe = Recipe(run_dir="", student=ModelConfig(str(folder), device="cpu"), learn=learn_config(checkpointing))
     engine = TorchEngine(recipe.learn, recipe.student, ALONE)
     engine.load(folder, with_optimizer=False)
     trainer, rows, figures = Trainer(recipe, engine, 0, ALONE), make_rows(), []
@@ -80,9 +83,11 @@ def opd_cache_steps(folder: Path, count: int) -> list[tuple[float, float, float]
     return figures
 
 
-def plain_steps(folder: Path, count: int) -> list[tuple[float, float, float]]:
-    config = learn_config()
+def plain_steps(folder: Path, count: int, checkpointing: str) -> list[tuple[float, float, float]]:
+    config = learn_config(checkpointing)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if checkpointing != "none":
+        recompute_activations(model, checkpointing)
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=0.0, fused=True
@@ -110,9 +115,10 @@ def plain_steps(folder: Path, count: int) -> list[tuple[float, float, float]]:
 VARIANTS = {"plain": plain_steps, "opd-cache": opd_cache_steps}
 
 
-def measure(variant: str, folder: Path, steps: int) -> dict[str, Any]:
+def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One process: its steps after the first, and its peak memory."""
-    command = [sys.executable, __file__, "--variant", variant, "--model", str(folder), "--steps", str(steps)]
+    command = [sys.executable, __file__, "--variant", variant, "--model", str(folder), "--steps", str(options.steps)]
+    command += ["--threads", str(options.threads), "--checkpointing", options.checkpointing]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -121,13 +127,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes of each variant, in turns")
     parser.add_argument("--steps", type=int, default=3, help="steps in each process; the first is not timed")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.variant:
-        figures = VARIANTS[options.variant](options.model, options.steps)
+        figures = VARIANTS[options.variant](options.model, options.steps, options.checkpointing)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"steps": figures, "peak_bytes": peak}))
         return
@@ -136,7 +143,7 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
         for _ in range(options.repeats):
             for variant, found in runs.items():
-                found.append(measure(variant, Path(folder), options.steps))
+                found.append(measure(variant, Path(folder), options))
     report(runs, sizes, options)
 
 
@@ -157,7 +164,7 @@ def report(runs: dict[str, list[dict[str, Any]]], sizes: dict[str, float], optio
     }
     tokens = [(len(rollout.prompt_ids), len(rollout.response_ids)) for rollout, _ in make_rows()]
     about = {
-        "vocabulary": VOCAB, "million_parameters": sizes, "threads": options.threads, "repeats": options.repeats,
+        "vocabulary": VOCAB, "million_parameters": sizes, "threads": options.threads, "repeats": options.repeats, "checkpointing": options.checkpointing,
         "sequences": len(tokens), "prompt_tokens": sum(p for p, _ in tokens), "response_tokens": sum(r for _, r in tokens),
     }  # fmt: skip
     if options.json:
