@@ -123,6 +123,12 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.learn.teacher is None and len(recipe.teachers) > 1:
         raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
     _check_loss(recipe.learn.loss)
+    learn = recipe.learn
+    # DeepSpeed's stage-3 linear layers add their bias in place to the very product that would be kept.
+    if learn.gradient_checkpointing == "selective" and learn.engine == "deepspeed" and learn.deepspeed.zero_stage == 3:
+        raise ConfigError(
+            "learn.gradient_checkpointing = 'selective' gives wrong gradients under learn.deepspeed.zero_stage = 3. Use full, or none."
+        )
     for key, pattern in (
         ("eval.answer_pattern", recipe.eval.answer_pattern),
         ("eval.reference_pattern", recipe.eval.reference_pattern),

@@ -279,6 +279,14 @@ def test_all_missing_keys_are_named_at_once(folder: Path) -> None:
     )
 
 
+def test_selective_recomputation_under_zero_3_is_refused(folder: Path) -> None:
+    (folder / "a.yaml").write_text(MINIMAL)
+    settings = ["learn.gradient_checkpointing=selective", "learn.engine=deepspeed", "learn.deepspeed.zero_stage=3"]
+    with pytest.raises(ConfigError, match=r"'selective' gives wrong gradients under learn\.deepspeed\.zero_stage = 3"):
+        load_recipe([str(folder / "a.yaml"), *settings])
+    assert load_recipe([str(folder / "a.yaml"), *settings[:2]]).learn.gradient_checkpointing == "selective"
+
+
 def test_recipe_without_a_teacher_is_refused(folder: Path) -> None:
     (folder / "none.yaml").write_text("run_dir: a\nstudent: {model: s}\nprompts: {path: p}\n")
     assert refusal("none.yaml") == "the recipe names no teacher. Add teachers.main.model=FOLDER_OR_NAME."

@@ -50,8 +50,13 @@ class Head(nn.Module):
         self.liger = liger if self.bias is None and self.softcap is None else "never"
         self._fused: FusedLogprobs | None = None
 
-    def forward(self, hidden_NH: Tensor, ids_NM: Tensor, losses: TokenLosses) -> Tensor:
-        """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the weight."""
+    def forward(self, hidden_NH: Tensor, ids_NM: Tensor, losses: TokenLosses | None) -> Tensor:
+        """Sum of all tokens' losses, a scalar whose backward reaches the hidden states and the weight.
+
+        Without losses: the log-probs [N, M] of the ids, without gradient.
+        """
+        if losses is None:
+            return self.logprobs(hidden_NH, ids_NM)[0]
         with _plain_precision(self.weight) as dtype:
             if ids_NM.shape[1] == 1 and (fused := self._fused_logprobs(hidden_NH, dtype)):
                 hidden, weight = hidden_NH.to(dtype), self.weight.to(dtype)
@@ -75,9 +80,10 @@ class Head(nn.Module):
         entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
         return logprobs_NV.gather(-1, ids_N[:, None]).squeeze(1), entropy_N.detach()
 
+    @torch.no_grad()
     def logprobs(self, hidden_NH: Tensor, ids_NM: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probs [N, M] of the given ids, entropy [N]), nats, float32, without gradient."""
-        with torch.no_grad(), _plain_precision(self.weight) as dtype:
+        with _plain_precision(self.weight) as dtype:
             bias = None if self.bias is None else self.bias.to(dtype)
             return _gather_all(hidden_NH.to(dtype), self.weight.to(dtype), bias, self, ids_NM)
 

@@ -34,8 +34,8 @@ class Student(nn.Module):
     def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probs [N] of the sampled tokens, without gradient."""
         with torch.no_grad(), self._autocast():
-            logprobs_NM, _ = self.head.logprobs(self._hidden(batch), batch.target_ids_N[:, None])
-        return logprobs_NM.squeeze(-1)
+            # Called as a module: ZeRO-3 then gathers its weight.
+            return self.head(self._hidden(batch), batch.target_ids_N[:, None], None).squeeze(-1)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         # In here and not around an engine's call: DeepSpeed switches off what is around its own.

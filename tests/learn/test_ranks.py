@@ -106,6 +106,42 @@ def test_two_deepspeed_ranks_have_the_losses_of_one_torch_rank(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stage", "settings"), [
+    (2, ["learn.lora.rank=4", "learn.kl_coef=0.1"]),
+    (3, ["learn.lora.rank=4", "learn.kl_coef=0.1"]),
+    (2, ["learn.deepspeed.offload_optimizer=true"]),
+    (3, ["learn.deepspeed.offload_optimizer=true", "learn.gradient_checkpointing=full"]),
+    (2, ["learn.gradient_checkpointing=selective"]),
+], ids=["lora-2", "lora-3", "offload-2", "offload-and-recompute-3", "recompute-2"])  # fmt: skip
+def test_what_deepspeed_can_be_asked_for_has_the_losses_of_one_torch_rank(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, stage: int, settings: list[str]
+) -> None:
+    for_torch = [setting for setting in settings if "deepspeed" not in setting]
+    alone = learned(unlearned, tmp_path / "alone", make_recipe, *for_torch)
+    # Stopped once by a kill: what it goes on from is whole.
+    recipe = recipe_arguments(task, unlearned, *deepspeed_settings(stage, "learn.checkpoint_every_steps=4", *settings))
+    result = run_team(2, recipe, kills=1, steps_a_life=12, seed=3)
+    assert sorted(result["statuses"][0]) == [-9, 75]
+    assert result["statuses"][-1] == [0, 0]
+    assert_same_losses(unlearned, alone)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_multiplies_in_bfloat16_and_keeps_float32_weights(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, stage: int
+) -> None:
+    alone = learned(unlearned, tmp_path / "alone", make_recipe)
+    result = run_team(2, recipe_arguments(task, unlearned, *deepspeed_settings(stage, "learn.precision=bfloat16")))
+    assert result["statuses"] == [[0, 0]]
+    differences = [
+        abs(two["loss"] - one["loss"]) for two, one in zip(steps_of(unlearned), steps_of(alone), strict=True)
+    ]
+    assert 1e-5 < max(differences) < 0.05
+    weights = load_file(unlearned / "episode=0/policy/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_checkpoints_pass_between_engines_and_numbers_of_ranks(
     task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path, stage: int
