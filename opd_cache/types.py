@@ -62,8 +62,8 @@ class Score:
 def hash_ids(prompt_ids: Int32Array, response_ids: Int32Array) -> int:
     """xxh3-64 of the prompt's length and all ids, as an unsigned integer."""
     digest = xxhash.xxh3_64(len(prompt_ids).to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(response_ids, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").data)
+    digest.update(np.ascontiguousarray(response_ids, dtype="<i4").data)
     return digest.intdigest()
 
 

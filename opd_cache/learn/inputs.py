@@ -1,6 +1,8 @@
 """What an episode learns from: sealed rollouts and scores, checked against each other and against the recipe."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError, MissingInputError
@@ -58,16 +60,26 @@ def check_needs(recipe: Recipe, loss: Loss, plan: RolloutPlan, top_k: int, score
         )
 
 
-def with_known_ids(rows: Iterable[Joined], vocab_size: int, loss: Loss, teacher_only_ids: str) -> Iterator[Joined]:
-    """The rows, each checked for token ids that the student has no embedding for. Raises MismatchError."""
-    for rollout, score in rows:
-        if len(rollout.response_ids) and (largest := int(rollout.response_ids.max())) >= vocab_size:
+def with_known_ids(
+    batches: Iterable[list[Joined]], vocab_size: int, loss: Loss, teacher_only_ids: str
+) -> Iterator[list[Joined]]:
+    """The batches, checked for token ids that the student has no embedding for. Raises MismatchError."""
+    for batch in batches:
+        if found := _first_beyond([rollout.response_ids for rollout, _ in batch], vocab_size):
             raise MismatchError(
-                f"rollout {rollout.rollout_id}: holds token id {largest}, the student has {vocab_size} embeddings. The rollouts were sampled by another model; use its run_dir."
+                f"rollout {batch[found[0]][0].rollout_id}: holds token id {found[1]}, the student has {vocab_size} embeddings. The rollouts were sampled by another model; use its run_dir."
             )
-        ids = score.topk_ids
-        if loss.needs_topk and teacher_only_ids == "refuse" and ids.size and (largest := int(ids.max())) >= vocab_size:
+        checks_teacher = loss.needs_topk and teacher_only_ids == "refuse"
+        if checks_teacher and (found := _first_beyond([score.topk_ids for _, score in batch], vocab_size)):
             raise MismatchError(
-                f"scores of {rollout.rollout_id}: the teacher's top k holds token id {largest}, the student has {vocab_size} embeddings. Set learn.loss.teacher_only_ids=tail to count such ids as mass outside the list."
+                f"scores of {batch[found[0]][0].rollout_id}: the teacher's top k holds token id {found[1]}, the student has {vocab_size} embeddings. Set learn.loss.teacher_only_ids=tail to count such ids as mass outside the list."
             )
-        yield rollout, score
+        yield batch
+
+
+def _first_beyond(ids: Sequence[np.ndarray], vocab_size: int) -> tuple[int, int] | None:
+    """(index, largest id) of the first of these arrays that holds an id beyond the vocabulary."""
+    if not ids or np.concatenate([array.ravel() for array in ids]).max(initial=0) < vocab_size:
+        return None
+    largest = (int(array.max(initial=0)) for array in ids)
+    return next((index, value) for index, value in enumerate(largest) if value >= vocab_size)

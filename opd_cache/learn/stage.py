@@ -127,10 +127,11 @@ def _train(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson,
     trainer = Trainer(run.recipe, engine, episode, ranks)
     done = len(state.steps)
     rows = planned_rows(lesson.sources, config.epochs_per_episode, state.cursor)
-    known = with_known_ids(rows, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)
+    batches_in_order = global_batches(rows, plan.batch_sizes()[done:])
+    known = with_known_ids(batches_in_order, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)
     names = (config.loggers or []) if ranks.is_first else []
     with (
-        read_ahead(global_batches(known, plan.batch_sizes()[done:])) as batches,
+        read_ahead(known) as batches,
         StageProgress("learn", f"episode {episode}", plan.num_steps - done, "steps") as progress,
         open_loggers(names, run.dir.logs, run.run_id, run.recipe.to_dict(), state.step) as loggers,
     ):

@@ -54,6 +54,9 @@ def _one_epoch(sources: Sequence[Source], start: int) -> Iterator[Joined]:
 
 def _merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
     """(source, rows): whole prompts, from the source that is least far, so that every batch holds its share of each."""
+    if len(sources) == 1:
+        yield 0, sources[0].num_rows
+        return
     taken = [0] * len(sources)
     for _ in range(sum(-(-source.num_rows // source.rows_per_prompt) for source in sources)):
         index = min(

@@ -1,13 +1,13 @@
 """Rollouts and scores side by side. Aligned shards are zipped, and every row is checked: id, ids hash, lengths, values."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from opd_cache.errors import AlignmentError, CorruptShardError
-from opd_cache.store.rows import rollouts_of, scores_of
+from opd_cache.store.rows import flat_values, list_offsets, rollouts_of, scores_of
 from opd_cache.store.shards import ShardSet, read_row_group
 from opd_cache.types import Rollout, Score
 
@@ -33,50 +33,78 @@ def join_stages(rollouts: ShardSet, scores: ShardSet, start_row: int = 0) -> Ite
 
 def join_shard(rollouts: ShardSet, scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Joined]:
     """The joined rows of one shard, from `start_row` on."""
-    where, remedy = scores.path(shard), scores.remedy
     right = read_scores(scores, shard, start_row)
     count = start_row
-    for rollout in read_rollouts(rollouts, shard, start_row):
+    for rollout, ids_hash in _hashed_rollouts(rollouts, shard, start_row):
         score = next(right, None)
         if score is None:
             raise AlignmentError(
-                f"{where}: ends before row {count}, {rollout.rollout_id}. Delete the file and its seal and run: {remedy}"
+                f"{scores.path(shard)}: ends before row {count}, {rollout.rollout_id}. {_delete_and_run(scores)}"
             )
-        _check_pair(rollout, score, scores, shard, count)
+        _check_pair(rollout, ids_hash, score, scores, shard, count)
         yield rollout, score
         count += 1
     if next(right, None) is not None:
         raise AlignmentError(
-            f"{where}: has more rows than its rollouts ({count}). Delete the file and its seal and run: {remedy}"
+            f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
         )
 
 
 def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterator[Rollout]:
     """The rollouts of one shard; ids, lengths and log-probs checked. Raises CorruptShardError."""
+    return (rollout for rollout, _ in _hashed_rollouts(rollouts, shard, start_row))
+
+
+def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Rollout, int]]:
+    """read_rollouts, each with its ids_hash."""
     for first, table in _row_groups(rollouts, shard, start_row):
         hashes = table["ids_hash"].to_pylist()
+        is_fit = _fits(table, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
         for row, rollout in enumerate(rollouts_of(table), first):
             if row < start_row:
                 continue
             # Page checksums leave out page headers, where one flipped bit can shorten a column's last list.
-            if rollout.ids_hash != hashes[row - first]:
-                raise CorruptShardError(
-                    f"{rollouts.path(shard)} row {row}: its token ids do not give its ids_hash. Delete the file and its seal and run: {rollouts.remedy}"
-                )
-            if fault := rollout_fault(rollout):
-                raise CorruptShardError(
-                    f"{rollouts.path(shard)} row {row}: {fault}. Delete the file and its seal and run: {rollouts.remedy}"
-                )
-            yield rollout
+            ids_hash = rollout.ids_hash
+            fault = None if is_fit else rollout_fault(rollout)
+            if ids_hash != hashes[row - first]:
+                fault = "its token ids do not give its ids_hash"
+            if fault:
+                raise CorruptShardError(f"{rollouts.path(shard)} row {row}: {fault}. {_delete_and_run(rollouts)}")
+            yield rollout, ids_hash
 
 
 def read_scores(scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Score]:
-    """The scores of one shard, to be checked against their rollouts."""
+    """The scores of one shard, to be checked against their rollouts; their values are. Raises CorruptShardError."""
     for first, table in _row_groups(scores, shard, start_row):
+        is_fit = _fits(table, "teacher_logprobs", ("teacher_logprobs",)) and _fits(
+            table, "topk_logprobs", ("topk_logprobs",)
+        )
         for row, score in enumerate(scores_of(table, scores.about["top_k"]), first):
             if row < start_row:
                 continue
+            if not is_fit and (fault := _value_fault(score)):
+                raise CorruptShardError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
             yield score
+
+
+def _delete_and_run(shards: ShardSet) -> str:
+    return f"Delete the file and its seal and run: {shards.remedy}"
+
+
+def _fits(table: pa.Table, ids: str, logprobs: Sequence[str], numbers: Sequence[str] = ()) -> bool:
+    """Whether all log-probs of a row group are at most 0, in lists as long as those of `ids`, and all numbers finite.
+    Whole columns at a time; where one does not fit, its rows say which and why."""
+    for name in logprobs:
+        if name not in table.column_names:
+            continue
+        values = flat_values(table, name)
+        # NaN fails every comparison.
+        if (values.size and not values.max() <= 0) or not np.array_equal(
+            list_offsets(table, name), list_offsets(table, ids)
+        ):
+            return False
+    present = (table[name].drop_null().to_numpy() for name in numbers if name in table.column_names)
+    return all(bool(np.isfinite(values).all()) for values in present)
 
 
 def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[int, pa.Table]]:
@@ -139,14 +167,11 @@ def _logprob_fault(values: np.ndarray, name: str) -> str | None:
     return None
 
 
-def _check_pair(rollout: Rollout, score: Score, scores: ShardSet, shard: int, row: int) -> None:
-    where, remedy = f"{scores.path(shard)} row {row}", scores.remedy
-    if score.rollout_id != rollout.rollout_id or score.ids_hash != rollout.ids_hash:
+def _check_pair(rollout: Rollout, ids_hash: int, score: Score, scores: ShardSet, shard: int, row: int) -> None:
+    if score.rollout_id != rollout.rollout_id or score.ids_hash != ids_hash:
         found = score.rollout_id if score.rollout_id != rollout.rollout_id else "other token ids"
         raise AlignmentError(
-            f"{where}: scores {found}, expected {rollout.rollout_id}. The scores were made from other rollouts; delete the file and its seal and run: {remedy}"
+            f"{scores.path(shard)} row {row}: scores {found}, expected {rollout.rollout_id}. The scores were made from other rollouts; delete the file and its seal and run: {scores.remedy}"
         )
     if fault := _length_fault(rollout, score, scores.about["top_k"]):
-        raise AlignmentError(f"{where}: {fault}. Delete the file and its seal and run: {remedy}")
-    if fault := _value_fault(score):
-        raise CorruptShardError(f"{where}: {fault}. Delete the file and its seal and run: {remedy}")
+        raise AlignmentError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")

@@ -1,5 +1,6 @@
 """Between Arrow record batches and the dataclasses of the stages. Per-token arrays are views, not copies."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -137,8 +138,21 @@ def _by_token(flat: npt.NDArray, num_tokens: int, top_k: int) -> npt.NDArray:
 
 def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:
     """Each row's list as a numpy view."""
-    column = table[name].combine_chunks()
-    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    offsets = chunk.offsets.to_numpy()
-    flat = chunk.values.to_numpy(zero_copy_only=True)
-    return [flat[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]
+    offsets, flat = list_offsets(table, name).tolist(), flat_values(table, name)
+    return [flat[start:end] for start, end in itertools.pairwise(offsets)]
+
+
+def list_offsets(table: pa.Table, name: str) -> npt.NDArray:
+    """Where each row's list starts in flat_values, and where the last one ends."""
+    offsets = _one_chunk(table, name).offsets.to_numpy()
+    return offsets - offsets[0]
+
+
+def flat_values(table: pa.Table, name: str) -> npt.NDArray:
+    """All lists of a column, one behind the other, as a view."""
+    return _one_chunk(table, name).flatten().to_numpy(zero_copy_only=True)
+
+
+def _one_chunk(table: pa.Table, name: str) -> pa.ListArray:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -1,0 +1,224 @@
+"""What the cache costs a learner: a step fed from sealed Parquet shards against the same step fed from memory.
+
+    python tools/bench/cache.py [--model quickstart|vocabulary] [--loss reverse_kl_topk] [--json]
+
+From shards: what `opd-cache learn` does (read ahead, check, join; micro-batches, loss, metrics, optimizer). From memory:
+the same rows as a list, micro-batches, the bare loss without metrics, optimizer. Passes over the whole episode in turns. `overhead` is the ratio of the medians of the steps less 1, `waiting` the share of its
+time that the learner spent without data, `read_tokens_per_s` what the data path gives one thread with nothing else to do.
+The rollouts and scores are random: what they hold does not matter here.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from opd_cache.config import ModelConfig, RolloutConfig, ScoreConfig, TeacherConfig
+from opd_cache.learn.batch import global_batches, micro_batches
+from opd_cache.learn.inputs import open_sources, with_known_ids
+from opd_cache.learn.losses import TokenLogprobs
+from opd_cache.learn.objective import Objective, StepFacts
+from opd_cache.learn.ranks import ALONE
+from opd_cache.learn.step import Trainer
+from opd_cache.learn.stream import Source, planned_rows, read_ahead
+from opd_cache.pipeline import InlineStages
+from opd_cache.quickstart.sort_letters import byte_tokenizer
+from opd_cache.recipes import load_recipe
+from opd_cache.rollout.samples import Sample, SampleRequest
+from opd_cache.run import open_run
+from opd_cache.store.join import Joined
+from opd_cache.store.plans import SamplingPlan
+from opd_cache.types import Rollout, Score
+
+# The quickstart's student and episode; and a body of 63 M parameters under a real vocabulary.
+MODELS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "vocab_size": 258, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "vocabulary": {
+        "vocab_size": 151_936, "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+EPISODES = {
+    "quickstart": {"prompts": 640, "batch": 64, "response": 16, "passes": 7},
+    "vocabulary": {"prompts": 12, "batch": 4, "response": 300, "passes": 2},
+}
+
+
+class RandomSampler:
+    """Uniform tokens."""
+
+    engine, dtype = "random", "float32"
+
+    def __init__(self, student: ModelConfig, options: RolloutConfig) -> None:
+        pass
+
+    def load_policy(self, config: ModelConfig) -> None:
+        pass
+
+    def sample(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
+        for request in requests:
+            rng = np.random.default_rng(request.seed)
+            ids = rng.integers(2, 250, plan.max_new_tokens).astype(np.int32)
+            yield Sample(request.key, ids, -rng.uniform(4, 6, len(ids)).astype(np.float32), None, "length")
+
+
+class RandomScorer:
+    """Random log-probs, top-k mass one half."""
+
+    engine, dtype, window = "random", "float32", 256
+
+    def __init__(self, teacher: TeacherConfig, options: ScoreConfig) -> None:
+        pass
+
+    def load(self) -> None:
+        pass
+
+    def score(self, rows: Sequence[Rollout], top_k: int) -> Iterator[tuple[int, Score]]:
+        rng = np.random.default_rng(0)
+        for index, rollout in enumerate(rows):
+            size = len(rollout.response_ids)
+            ids = np.stack([rng.permutation(200)[:top_k] for _ in range(size)]).astype(np.int32)
+            topk = np.log(rng.dirichlet(np.ones(max(top_k, 1)), size)[:, :top_k] / 2).astype(np.float32)
+            logprobs, ranks = -rng.uniform(4, 6, size).astype(np.float32), np.ones(size, np.int32)
+            yield index, Score(rollout.rollout_id, rollout.ids_hash, logprobs, ranks, ids, topk)
+
+
+def make_episode(folder: Path, model: str, loss: str, threads: int) -> InlineStages:
+    """A run whose first episode is sampled and scored."""
+    torch.manual_seed(0)
+    shape, episode = MODELS[model], EPISODES[model]
+    config = Qwen2Config(**shape, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=1)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "student")
+    byte_tokenizer().save_pretrained(folder / "student")
+    lines = (json.dumps({"prompt": f"sort {index:09d}:"}) + "\n" for index in range(episode["prompts"]))
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    (folder / "recipe.yaml").write_text(f"""
+run_dir: {folder}/run
+torch_threads: {threads}
+student: {{model: {folder}/student, device: cpu}}
+teachers: {{main: {{model: {folder}/student, device: cpu}}}}
+prompts: {{path: {folder}/prompts.jsonl}}
+rollout: {{sampler: "cache:RandomSampler", prompts_per_episode: {episode["prompts"]}, n_samples_per_prompt: 1,
+          prompts_per_shard: {max(episode["prompts"] // 2, 1)}, max_new_tokens: {episode["response"]}, stop_token_ids: [1]}}
+score: {{scorer: "cache:RandomScorer", top_k: 8}}
+learn: {{loss: {{name: {loss}}}, train_batch_size: {episode["batch"]}, learning_rate: 1.0e-5}}
+""")
+    stages = InlineStages(open_run(load_recipe([str(folder / "recipe.yaml")])))
+    stages.rollout(0)
+    stages.score(0)
+    return stages
+
+
+class BareObjective(Objective):
+    """The loss without the figures."""
+
+    def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
+        batch = self.batch
+        tokens = TokenLogprobs(
+            batch.target_ids_N[rows], logprobs_NM[:, 0], batch.sampling_logprobs_N[rows], batch.teacher_logprobs_N[rows],
+            self.topk_ids_NK[rows], self.topk_logprobs_NK[rows], logprobs_NM[:, 1:], batch.row_N[rows],
+            batch.reward_advantages_N[rows],
+        )  # fmt: skip
+        return self.loss.compute(tokens, self.config.loss).loss_N.sum() / self.facts.num_tokens
+
+
+def from_memory(trainer: Trainer, batches: list[list[Joined]]) -> list[float]:
+    """Seconds of each step."""
+    config, engine, seconds = trainer.config, trainer.engine, []
+    for rows in batches:
+        start = time.perf_counter()
+        facts = StepFacts(sum(len(rollout.response_ids) for rollout, _ in rows))
+        micros = list(micro_batches(rows, [0.0] * len(rows), config.max_tokens_per_micro_batch))
+        for index, micro in enumerate(micros):
+            objective = BareObjective(trainer.loss, config, facts, micro, engine.vocab_size, None)
+            engine.forward_backward(micro, objective, is_last=index == len(micros) - 1)
+        engine.optimizer_step(config.learning_rate)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def from_shards(trainer: Trainer, sources: list[Source], sizes: list[int]) -> tuple[list[float], list[float]]:
+    """(seconds, those of them spent waiting for data) of each step, the reading included."""
+    config, engine = trainer.config, trainer.engine
+    seconds, waits = [], []
+    in_order = global_batches(planned_rows(sources, 1, 0), sizes)
+    with read_ahead(with_known_ids(in_order, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)) as batches:
+        start = time.perf_counter()
+        for step, batch in enumerate(batches):
+            waits.append(time.perf_counter() - start)
+            trainer.step(batch, step, config.learning_rate, waits[-1])
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+    return seconds, waits
+
+
+def measure(model: str, loss: str, threads: int, passes: int | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        stages = make_episode(Path(name), model, loss, threads)
+        run, engine = stages.run, stages.engine
+        engine.load(run.policy_folder(0), with_optimizer=False)
+        trainer = Trainer(run.recipe, engine, 0, ALONE)
+        sources, _ = open_sources(run, 0, trainer.loss)
+        episode = EPISODES[model]
+        sizes = [episode["batch"]] * (episode["prompts"] // episode["batch"])
+        start = time.perf_counter()
+        rows = list(planned_rows(sources, 1, 0))
+        reading = time.perf_counter() - start
+        batches = list(global_batches(rows, sizes))
+        memory: list[float] = []
+        shards: list[float] = []
+        waits: list[float] = []
+        for turn in range((passes or episode["passes"]) + 1):
+            bare, (whole, waited) = (
+                from_memory(trainer, batches),
+                from_shards(trainer, sources, sizes),
+            )
+            if turn:  # the first warms up
+                memory, shards, waits = memory + bare, shards + whole, waits + waited
+        tokens = sum(len(rollout.response_ids) for rollout, _ in rows)
+        return {
+            "model": model, "loss": loss, "threads": threads, "steps": len(shards), "tokens_per_step": tokens / len(sizes),
+            "step_from_memory_s": statistics.median(memory), "step_from_shards_s": statistics.median(shards),
+            "overhead": statistics.median(shards) / statistics.median(memory) - 1, "waiting": sum(waits) / sum(shards),
+            "read_tokens_per_s": tokens / reading,
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, help="default: each in turn")
+    parser.add_argument("--loss", default="reverse_kl_topk")
+    parser.add_argument("--passes", type=int, help="over the episode, each way, after one to warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = [
+        measure(model, options.loss, options.threads, options.passes)
+        for model in ([options.model] if options.model else MODELS)
+    ]
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(
+        "| student | tokens a step | from memory | from shards | overhead | waiting | data path alone |\n|" + "---|" * 7
+    )
+    for row in found:
+        print(
+            f"| {row['model']} | {row['tokens_per_step']:.0f} | {row['step_from_memory_s']:.3f} s | {row['step_from_shards_s']:.3f} s | {row['overhead']:+.1%} | {row['waiting']:.2%} | {row['read_tokens_per_s'] / 1e6:.2f} M tokens/s |"
+        )
+
+
+if __name__ == "__main__":
+    main()
