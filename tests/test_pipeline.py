@@ -17,10 +17,10 @@ from opd_cache.errors import ConfigError, MismatchError, StoreError
 from opd_cache.pipeline import InlineStages
 from opd_cache.rollout.plan import episode_prompts
 from opd_cache.run import Run, open_run
+from opd_cache.score.scores import ScoreRequest, TokenScores
 from opd_cache.stage import Share
 from opd_cache.store.join import read_rollouts
 from opd_cache.store.plans import load_rollout_plan, rollout_shards
-from opd_cache.types import Rollout, Score
 
 
 def test_same_recipe_twice_gives_the_same_bytes(
@@ -173,16 +173,11 @@ class NanScorer:
 
     def load(self) -> None: ...
 
-    def score(self, rows: Sequence[Rollout], top_k: int) -> Iterator[tuple[int, Score]]:
-        for index, row in enumerate(rows):
-            values = np.full(len(row.response_ids), np.nan, np.float32)
+    def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
+        for request in requests:
+            values = np.full(len(request.response_ids), np.nan, np.float32)
             none = np.zeros((len(values), 0), np.int32)
-            yield (
-                index,
-                Score(
-                    row.rollout_id, row.ids_hash, values, np.ones(len(values), np.int32), none, none.astype(np.float32)
-                ),
-            )
+            yield TokenScores(request.key, values, np.ones(len(values), np.int32), none, none.astype(np.float32))
 
 
 def test_numbers_that_are_no_logprobs_are_never_published(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

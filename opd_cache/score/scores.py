@@ -1,12 +1,40 @@
 """What a scorer is asked for and what it gives: the seam between the stage and its backends."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from opd_cache.config import ScoreConfig, TeacherConfig
-from opd_cache.types import Rollout, Score
+from opd_cache.types import Float32Array, Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """One response to score, after the prompt that the teacher is to see."""
+
+    key: int
+    prompt_ids: Int32Array  # [P], P > 0
+    response_ids: Int32Array  # [R], R may be 0
+    group: int  # requests of one group are neighbours and have the same prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """A teacher's view of one response: R entries, or none and the reason why it could not be scored."""
+
+    key: int
+    logprobs: Float32Array  # [R], of each response id given all before it, nats
+    rank: Int32Array  # [R], 1 = the teacher's likeliest token
+    topk_ids: Int32Array  # [R, K], likeliest first
+    topk_logprobs: Float32Array  # [R, K], not renormalised
+    error: str | None = None
 
 
 class Scorer(Protocol):
@@ -14,25 +42,18 @@ class Scorer(Protocol):
 
     engine: str  # name and version, for the logs
     dtype: str  # the teacher's compute dtype, part of what a score is
-    window: int  # rows handed over at once: bounds memory, and within it rows may be reordered
+    window: int  # requests handed over at once: bounds memory, and within it they may be reordered
 
     def __init__(self, teacher: TeacherConfig, options: ScoreConfig) -> None: ...
 
     def load(self) -> None:
         """Load the teacher, unless it is."""
 
-    def score(self, rows: Sequence[Rollout], top_k: int) -> Iterator[tuple[int, Score]]:
-        """(index in rows, score) of every row, in any order."""
+    def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
+        """One TokenScores a request, in any order, with the request's key."""
 
 
-def empty_score(rollout: Rollout, top_k: int, error: str | None = None) -> Score:
-    """The score of a response without tokens, or of one that cannot be scored."""
-    return Score(
-        rollout.rollout_id,
-        rollout.ids_hash,
-        np.zeros(0, np.float32),
-        np.zeros(0, np.int32),
-        np.zeros((0, top_k), np.int32),
-        np.zeros((0, top_k), np.float32),
-        error,
-    )
+def no_scores(key: int, top_k: int, error: str | None = None) -> TokenScores:
+    """The scores of a response without tokens, or of one that cannot be scored."""
+    ids, logprobs = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
+    return TokenScores(key, np.zeros(0, np.float32), np.zeros(0, np.int32), ids, logprobs, error)

@@ -12,7 +12,7 @@ from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.logs import StageProgress
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
 from opd_cache.run_dir import RolloutSet
-from opd_cache.score.scores import Scorer
+from opd_cache.score.scores import Scorer, ScoreRequest
 from opd_cache.stage import EVERYTHING, Share, make_shards
 from opd_cache.store.join import read_rollouts, score_fault
 from opd_cache.store.plans import (
@@ -126,16 +126,27 @@ def _score_shard(
 def _score_window(
     rows: list[Rollout], expected: int, scorer: Scorer, top_k: int, progress: StageProgress
 ) -> list[Score]:
-    by_index: dict[int, Score] = {}
-    for index, score in scorer.score(rows, top_k):
-        if fault := score_fault(rows[index], score, top_k):
+    requests = [ScoreRequest(key, row.prompt_ids, row.response_ids, row.prompt_index) for key, row in enumerate(rows)]
+    found: dict[int, Score] = {}
+    for scores in scorer.score(requests, top_k):
+        row = rows[scores.key]
+        score = Score(
+            row.rollout_id,
+            row.ids_hash,
+            scores.logprobs,
+            scores.rank,
+            scores.topk_ids,
+            scores.topk_logprobs,
+            scores.error,
+        )
+        if fault := score_fault(row, score, top_k):
             raise StoreError(
                 f"the scorer ({scorer.engine}, {scorer.dtype}) gave {score.rollout_id}: {fault}; nothing was published."
             )
-        by_index[index] = score
-        progress.advance(1, len(score.teacher_logprobs))
-    if len(by_index) != expected:
+        found[scores.key] = score
+        progress.advance(1, len(scores.logprobs))
+    if len(found) != expected:
         raise StoreError(
-            f"{len(rows)} rollouts were read and {len(by_index)} scored ({scorer.engine}), expected {expected}; nothing was published."
+            f"{len(rows)} rollouts were read and {len(found)} scored ({scorer.engine}), expected {expected}; nothing was published."
         )
-    return [by_index[index] for index in range(expected)]
+    return [found[key] for key in range(expected)]

@@ -234,6 +234,26 @@ def test_the_command_starts_its_ranks_and_says_what_went_wrong_once(task: Path, 
     assert len(steps_of(unlearned)) == STEPS
 
 
+def test_torchrun_starts_ranks_that_learn_what_one_does(
+    task: Path, make_recipe: Callable[..., Recipe], unlearned: Path, tmp_path: Path
+) -> None:
+    alone = learned(unlearned, tmp_path / "alone", make_recipe)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "opd_cache",
+    ]
+    command = [*torchrun, "learn", *recipe_arguments(task, unlearned), "--episode", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert_same_losses(unlearned, alone)
+
+
 @pytest.mark.parametrize(("environment", "expected"), [
     ({}, ALONE),
     ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Ranks(1, 4, 1)),

@@ -1,6 +1,7 @@
 """The transformers scorer against a plain log-softmax over full logits, one sequence at a time, without any batching."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from opd_cache import models
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ModelError
 from opd_cache.score.scorers.hf import HFScorer
-from opd_cache.types import Rollout, Score
+from opd_cache.score.scores import ScoreRequest, TokenScores
 
 BOS = 2
 
@@ -51,52 +52,32 @@ def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return save_model(model, tmp_path_factory.mktemp(request.param)), model
 
 
-def rollout(
-    prompt_index: int, sample: int, prompt: Sequence[int], response: Sequence[int], reason: str = "stop"
-) -> Rollout:
-    return Rollout(
-        rollout_id=f"0/{prompt_index}/{sample}",
-        prompt_index=prompt_index,
-        sample_index=sample,
-        prompt_ids=np.array(prompt, np.int32),
-        response_ids=np.array(response, np.int32),
-        sampling_logprobs=np.zeros(len(response), np.float32),
-        finish_reason=reason,
-        policy_version=0,
-    )
+def request(key: int, group: int, prompt: Sequence[int], response: Sequence[int]) -> ScoreRequest:
+    return ScoreRequest(key, np.array(prompt, np.int32), np.array(response, np.int32), group)
 
 
-def rollouts(with_bos: bool, num_prompts: int = 9) -> list[Rollout]:
+def requests(with_bos: bool, num_prompts: int = 9) -> list[ScoreRequest]:
     """Groups of 3: many lengths, and an empty, a one-token and a truncated response among them."""
     rng = np.random.default_rng(0)
-    rows = []
-    for index in range(num_prompts):
+    rows: list[ScoreRequest] = []
+    for group in range(num_prompts):
         prompt = [*([BOS] if with_bos else []), *rng.integers(3, 258, rng.integers(1, 12))]
-        lengths = [0, 1, int(rng.integers(2, 20))] if index % 2 else rng.integers(1, 24, 3)
+        lengths = [0, 1, int(rng.integers(2, 20))] if group % 2 else rng.integers(1, 24, 3)
         for sample, length in enumerate(lengths):
-            truncated = sample == 2
             ids = rng.integers(3, 258, length).tolist()
-            rows.append(
-                rollout(
-                    index,
-                    sample,
-                    prompt,
-                    ids if truncated or not length else [*ids[:-1], 1],
-                    "length" if truncated else "stop",
-                )
-            )
+            rows.append(request(len(rows), group, prompt, ids if sample == 2 or not length else [*ids[:-1], 1]))
     return rows
 
 
-def score(folder: Path, rows: list[Rollout], top_k: int = 0, **options: object) -> list[Score]:
+def score(folder: Path, rows: list[ScoreRequest], top_k: int = 0, **options: object) -> list[TokenScores]:
     scorer = HFScorer(TeacherConfig(model=str(folder), dtype="float32", device="cpu"), ScoreConfig(**options))
-    found = dict(scorer.score(rows, top_k))
+    found = {scores.key: scores for scores in scorer.score(rows, top_k)}
     assert sorted(found) == list(range(len(rows)))
-    return [found[index] for index in range(len(rows))]
+    return [found[key] for key in range(len(rows))]
 
 
 @torch.no_grad()
-def plain_logprobs(model: PreTrainedModel, row: Rollout) -> torch.Tensor:
+def plain_logprobs(model: PreTrainedModel, row: ScoreRequest) -> torch.Tensor:
     """[R, V] in float64: logits at i − 1 predict token i."""
     ids = torch.tensor([[*row.prompt_ids.tolist(), *row.response_ids.tolist()]])
     logits = model(input_ids=ids).logits[0].double()
@@ -110,25 +91,25 @@ def test_scores_equal_a_plain_log_softmax(
     teacher: tuple[Path, PreTrainedModel], with_bos: bool, share_prompts: str
 ) -> None:
     folder, model = teacher
-    rows = rollouts(with_bos)
+    rows = requests(with_bos)
     for row, found in zip(
         rows, score(folder, rows, share_prompts=share_prompts, max_tokens_per_batch=150), strict=True
     ):
         expected = plain_logprobs(model, row)
         own = expected.gather(-1, torch.from_numpy(row.response_ids).long()[:, None]).squeeze(-1)
-        assert found.teacher_logprobs.dtype == np.float32
-        assert found.teacher_logprobs.shape == (len(row.response_ids),)
-        np.testing.assert_allclose(found.teacher_logprobs, own.numpy(), atol=1e-5, rtol=0)
+        assert found.logprobs.dtype == np.float32
+        assert found.logprobs.shape == (len(row.response_ids),)
+        np.testing.assert_allclose(found.logprobs, own.numpy(), atol=1e-5, rtol=0)
         ranks = (expected > own[:, None]).sum(-1) + 1
-        np.testing.assert_array_equal(found.teacher_rank, ranks.numpy())
-        assert (found.rollout_id, found.ids_hash, found.error) == (row.rollout_id, row.ids_hash, None)
+        np.testing.assert_array_equal(found.rank, ranks.numpy())
+        assert (found.key, found.error) == (row.key, None)
 
 
 def test_top_k_holds_the_likeliest_tokens_in_order_and_the_sampled_one_beside_them(
     teacher: tuple[Path, PreTrainedModel],
 ) -> None:
     folder, model = teacher
-    rows = rollouts(with_bos=False)
+    rows = requests(with_bos=False)
     for row, found in zip(rows, score(folder, rows, top_k=5), strict=True):
         assert found.topk_ids.shape == found.topk_logprobs.shape == (len(row.response_ids), 5)
         expected = plain_logprobs(model, row)
@@ -136,40 +117,40 @@ def test_top_k_holds_the_likeliest_tokens_in_order_and_the_sampled_one_beside_th
         at_ids = expected.gather(-1, torch.from_numpy(found.topk_ids).long())
         np.testing.assert_allclose(found.topk_logprobs, at_ids.numpy(), atol=1e-5, rtol=0)
         listed = (found.topk_ids == row.response_ids[:, None]).any(-1)
-        np.testing.assert_array_equal(listed, found.teacher_rank <= 5)
+        np.testing.assert_array_equal(listed, found.rank <= 5)
 
 
 def test_the_lm_head_in_small_chunks_changes_nothing(
     teacher: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = teacher
-    rows = rollouts(with_bos=False)
+    rows = requests(with_bos=False)
     whole = score(folder, rows, top_k=3)
     monkeypatch.setattr("opd_cache.score.scorers.hf.token_row_chunk", lambda vocab_size: 7)
     for one, other in zip(whole, score(folder, rows, top_k=3), strict=True):
-        np.testing.assert_allclose(one.teacher_logprobs, other.teacher_logprobs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
         np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
 
 
 def test_a_row_beyond_the_context_is_an_error_row_and_shifts_nothing(teacher: tuple[Path, PreTrainedModel]) -> None:
     folder, _ = teacher
-    rows = rollouts(with_bos=False, num_prompts=3)
-    too_long = rollout(99, 0, range(3, 43), range(3, 28))
+    rows = requests(with_bos=False, num_prompts=3)
+    too_long = request(0, 99, range(3, 43), range(3, 28))
     alone = score(folder, rows)
-    together = score(folder, [*rows[:4], too_long, *rows[4:]])
+    together = score(folder, [replace(row, key=key) for key, row in enumerate([*rows[:4], too_long, *rows[4:]])])
     assert together[4].error == "65 tokens, the teacher's context is 64"
-    assert len(together[4].teacher_logprobs) == 0
+    assert len(together[4].logprobs) == 0
     for one, other in zip(alone, [*together[:4], *together[5:]], strict=True):
-        np.testing.assert_allclose(one.teacher_logprobs, other.teacher_logprobs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
 
 
 def test_a_response_that_fills_the_context_exactly_is_scored(teacher: tuple[Path, PreTrainedModel]) -> None:
     folder, model = teacher
-    row = rollout(0, 0, range(3, 43), range(3, 27))
+    row = request(0, 0, range(3, 43), range(3, 27))
     for share_prompts in ("never", "always"):
         (found,) = score(folder, [row], share_prompts=share_prompts)
         expected = plain_logprobs(model, row).gather(-1, torch.from_numpy(row.response_ids).long()[:, None])
-        np.testing.assert_allclose(found.teacher_logprobs, expected.squeeze(-1).numpy(), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found.logprobs, expected.squeeze(-1).numpy(), atol=1e-5, rtol=0)
 
 
 def test_batches_stay_within_the_token_budget(
@@ -188,7 +169,7 @@ def test_batches_stay_within_the_token_budget(
     )
     scorer.load()
     monkeypatch.setattr(models.LanguageModel, "hidden", recording)
-    assert len(list(scorer.score(rollouts(with_bos=False), 0))) == 27
+    assert len(list(scorer.score(requests(with_bos=False), 0))) == 27
     assert len(widths) > 3
     assert max(widths) <= 100
 

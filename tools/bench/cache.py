@@ -35,9 +35,9 @@ from opd_cache.quickstart.sort_letters import byte_tokenizer
 from opd_cache.recipes import load_recipe
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.run import open_run
+from opd_cache.score.scores import ScoreRequest, TokenScores
 from opd_cache.store.join import Joined
 from opd_cache.store.plans import SamplingPlan
-from opd_cache.types import Rollout, Score
 
 # The quickstart's student and episode; and a body of 63 M parameters under a real vocabulary.
 MODELS: dict[str, dict[str, Any]] = {
@@ -85,14 +85,14 @@ class RandomScorer:
     def load(self) -> None:
         pass
 
-    def score(self, rows: Sequence[Rollout], top_k: int) -> Iterator[tuple[int, Score]]:
+    def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
         rng = np.random.default_rng(0)
-        for index, rollout in enumerate(rows):
-            size = len(rollout.response_ids)
+        for request in requests:
+            size = len(request.response_ids)
             ids = np.stack([rng.permutation(200)[:top_k] for _ in range(size)]).astype(np.int32)
             topk = np.log(rng.dirichlet(np.ones(max(top_k, 1)), size)[:, :top_k] / 2).astype(np.float32)
             logprobs, ranks = -rng.uniform(4, 6, size).astype(np.float32), np.ones(size, np.int32)
-            yield index, Score(rollout.rollout_id, rollout.ids_hash, logprobs, ranks, ids, topk)
+            yield TokenScores(request.key, logprobs, ranks, ids, topk)
 
 
 def make_episode(folder: Path, model: str, loss: str, threads: int) -> InlineStages:

@@ -9,7 +9,7 @@ keys and values are shared.
 # H hidden size, V vocabulary, K teacher top-k
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,20 +20,9 @@ from transformers import __version__ as transformers_version
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded, token_row_chunk
-from opd_cache.score.scores import empty_score
-from opd_cache.types import Rollout, Score
+from opd_cache.score.scores import ScoreRequest, TokenScores, no_scores
 
 SHARING_PAYS = 0.25  # share of all tokens that it must save: two passes and a copy of the cache cost something too
-
-
-@dataclass(frozen=True)
-class _TokenScores:
-    """Per response token of a batch, rows one after the other."""
-
-    logprobs_N: np.ndarray
-    rank_N: np.ndarray
-    topk_ids_NK: np.ndarray
-    topk_logprobs_NK: np.ndarray
 
 
 class HFScorer:
@@ -64,36 +53,33 @@ class HFScorer:
         return self._model
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Rollout], top_k: int) -> Iterator[tuple[int, Score]]:
-        """(index, score) of every row. A row beyond the teacher's context gets an error, never a truncation."""
+    def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
+        """One TokenScores a request. A request beyond the teacher's context gets an error, never a truncation."""
         limit = self.model.context_length
-        scorable: list[int] = []
-        for index, row in enumerate(rows):
-            if len(row.response_ids) == 0:
-                yield index, empty_score(row, top_k)
-            elif limit is not None and row.num_tokens > limit:
-                yield index, empty_score(row, top_k, f"{row.num_tokens} tokens, the teacher's context is {limit}")
-            elif (largest := max(row.prompt_ids.max(), row.response_ids.max())) >= self.model.vocab_size:
+        scorable: list[ScoreRequest] = []
+        for request in requests:
+            if len(request.response_ids) == 0:
+                yield no_scores(request.key, top_k)
+            elif limit is not None and request.num_tokens > limit:
+                error = f"{request.num_tokens} tokens, the teacher's context is {limit}"
+                yield no_scores(request.key, top_k, error)
+            elif (largest := max(request.prompt_ids.max(), request.response_ids.max())) >= self.model.vocab_size:
                 error = f"token id {largest}, the teacher has {self.model.vocab_size} embeddings"
-                yield index, empty_score(row, top_k, error)
+                yield no_scores(request.key, top_k, error)
             else:
-                scorable.append(index)
-        share = self._shares_prompts([rows[index] for index in scorable])
-        for batch in _batches(rows, scorable, self.options.max_tokens_per_batch, share):
-            members = [rows[index] for index in batch]
-            hidden_NH = self._hidden_shared(members) if share else self._hidden_plain(members)
-            tokens = self._token_scores(hidden_NH, members, top_k)
-            yield from zip(batch, _split(tokens, members), strict=True)
+                scorable.append(request)
+        share = self._shares_prompts(scorable)
+        for batch in _batches(scorable, self.options.max_tokens_per_batch, share):
+            hidden_NH = self._hidden_shared(batch) if share else self._hidden_plain(batch)
+            yield from _split(self._token_scores(hidden_NH, batch, top_k), batch)
 
-    def _shares_prompts(self, rows: Sequence[Rollout]) -> bool:
+    def _shares_prompts(self, rows: Sequence[ScoreRequest]) -> bool:
         if self.options.share_prompts != "auto":
             return self.options.share_prompts == "always"
-        saved = sum(
-            len(rows[i].prompt_ids) for i in range(1, len(rows)) if rows[i].prompt_index == rows[i - 1].prompt_index
-        )
+        saved = sum(len(row.prompt_ids) for before, row in pairwise(rows) if row.group == before.group)
         return saved >= SHARING_PAYS * max(1, sum(row.num_tokens for row in rows))
 
-    def _hidden_plain(self, rows: Sequence[Rollout]) -> Tensor:
+    def _hidden_plain(self, rows: Sequence[ScoreRequest]) -> Tensor:
         """[N, H] hidden states that predict the response tokens; prompt and response in one right-padded pass."""
         ids_BT, mask_BT = padded(
             [np.concatenate([row.prompt_ids, row.response_ids]) for row in rows], "right", self.model.device
@@ -107,14 +93,14 @@ class HFScorer:
             ]
         )
 
-    def _hidden_shared(self, rows: Sequence[Rollout]) -> Tensor:
+    def _hidden_shared(self, rows: Sequence[ScoreRequest]) -> Tensor:
         """The same, with each distinct prompt computed once: left-padded prompts first, then responses on copies of
         their keys and values."""
         model = self.model
         group_of_row: list[int] = []
         prompts: list[np.ndarray] = []
         for i, row in enumerate(rows):
-            if i == 0 or rows[i - 1].prompt_index != row.prompt_index:
+            if i == 0 or rows[i - 1].group != row.group:
                 prompts.append(row.prompt_ids)
             group_of_row.append(len(prompts) - 1)
         prompt_ids_GP, prompt_mask_GP = padded(prompts, "left", model.device)
@@ -145,7 +131,8 @@ class HFScorer:
         ).last_hidden_state
         return torch.cat([torch.cat([first_BH[b : b + 1], rest_BRH[b, : len(ids)]]) for b, ids in enumerate(inputs)])
 
-    def _token_scores(self, hidden_NH: Tensor, rows: Sequence[Rollout], top_k: int) -> _TokenScores:
+    def _token_scores(self, hidden_NH: Tensor, rows: Sequence[ScoreRequest], top_k: int) -> list[np.ndarray]:
+        """Columns of TokenScores, of all rows behind each other."""
         model = self.model
         targets_N = torch.from_numpy(np.concatenate([row.response_ids for row in rows])).to(model.device, torch.int64)
         pieces = []
@@ -155,8 +142,7 @@ class HFScorer:
             strict=True,
         ):
             pieces.append(_score_tokens(model.logits(rows_NH), targets, top_k))
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True)]
-        return _TokenScores(*columns)
+        return [torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True)]
 
 
 def _score_tokens(logits_NV: Tensor, targets_N: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,44 +154,35 @@ def _score_tokens(logits_NV: Tensor, targets_N: Tensor, top_k: int) -> tuple[Ten
     return chosen_N1.squeeze(-1), rank_N, topk.indices.to(torch.int32), topk.values
 
 
-def _batches(
-    rows: Sequence[Rollout], indices: Sequence[int], max_tokens: int, keep_groups: bool
-) -> Iterator[list[int]]:
-    """Batches of row indices with at most `max_tokens` padded tokens, similar lengths together.
+def _batches(requests: Sequence[ScoreRequest], max_tokens: int, keep_groups: bool) -> Iterator[list[ScoreRequest]]:
+    """Batches of at most `max_tokens` padded tokens, similar lengths together.
 
-    With keep_groups, rows of one prompt stay side by side (a group over the budget is cut).
+    With keep_groups, requests of one group stay side by side (a group over the budget is cut).
     """
-    units: list[list[int]] = []
-    for index in indices:
-        together = keep_groups and units and rows[units[-1][-1]].prompt_index == rows[index].prompt_index
-        if together:
-            units[-1].append(index)
+    units: list[list[ScoreRequest]] = []
+    for request in requests:
+        if keep_groups and units and units[-1][-1].group == request.group:
+            units[-1].append(request)
         else:
-            units.append([index])
-    units.sort(key=lambda unit: (max(rows[i].num_tokens for i in unit), unit[0]))
-    batch: list[int] = []
+            units.append([request])
+    units.sort(key=lambda unit: (max(request.num_tokens for request in unit), unit[0].key))
+    batch: list[ScoreRequest] = []
     width = 0
-    for index in (index for unit in units for index in unit):
-        wider = max(width, rows[index].num_tokens)
+    for request in (request for unit in units for request in unit):
+        wider = max(width, request.num_tokens)
         if batch and wider * (len(batch) + 1) > max_tokens:
             yield batch
-            batch, wider = [], rows[index].num_tokens
-        batch.append(index)
+            batch, wider = [], request.num_tokens
+        batch.append(request)
         width = wider
     if batch:
         yield batch
 
 
-def _split(tokens: _TokenScores, rows: Sequence[Rollout]) -> Iterator[Score]:
+def _split(columns: Sequence[np.ndarray], requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
     start = 0
-    for row in rows:
-        end = start + len(row.response_ids)
-        yield Score(
-            row.rollout_id,
-            row.ids_hash,
-            tokens.logprobs_N[start:end],
-            tokens.rank_N[start:end],
-            tokens.topk_ids_NK[start:end],
-            tokens.topk_logprobs_NK[start:end],
-        )
+    for request in requests:
+        end = start + len(request.response_ids)
+        logprobs, rank, topk_ids, topk_logprobs = (column[start:end] for column in columns)
+        yield TokenScores(request.key, logprobs, rank, topk_ids, topk_logprobs)
         start = end
