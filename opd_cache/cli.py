@@ -57,20 +57,23 @@ def _share_options(command: Callable) -> Callable:
     return command
 
 
-def _load(recipe: tuple[str, ...]) -> Any:
-    """The recipe of a stage that is about to run."""
+def _load(recipe: tuple[str, ...], stage: str | None = None) -> Any:
+    """The recipe of a stage that is about to run, in the environment that it wants."""
+    from opd_cache.launch.environments import enter
     from opd_cache.logs import set_up_logging
     from opd_cache.recipes import load_recipe
 
     set_up_logging()
     loaded = load_recipe(recipe)
+    if stage is not None:
+        enter(loaded, stage, sys.argv[1:])
     _quiet_libraries()
     return loaded
 
 
-def _open(recipe: tuple[str, ...]) -> Any:
+def _open(recipe: tuple[str, ...], stage: str | None = None) -> Any:
     """Load the recipe and open its run."""
-    loaded = _load(recipe)
+    loaded = _load(recipe, stage)
     from opd_cache.run import open_run
 
     return open_run(loaded)
@@ -98,10 +101,10 @@ def _share(task: int, num_tasks: int, shard: int | None) -> Any:
     return Share(task, num_tasks, shard)
 
 
-def _inline_stages(recipe: tuple[str, ...]) -> Any:
+def _inline_stages(recipe: tuple[str, ...], stage: str) -> Any:
     from opd_cache.pipeline import InlineStages
 
-    return InlineStages(_open(recipe))
+    return InlineStages(_open(recipe, stage))
 
 
 @cli.command(epilog=EPILOG_RECIPE)
@@ -115,7 +118,7 @@ def rollout(recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, sh
     Example: opd-cache rollout quickstart --episode 0
     """
     share = _share(task, num_tasks, shard)
-    _inline_stages(recipe).rollout(episode, share=share)
+    _inline_stages(recipe, "rollout").rollout(episode, share=share)
 
 
 @cli.command(epilog=EPILOG_RECIPE)
@@ -133,7 +136,7 @@ def score(
     """
     share = _share(task, num_tasks, shard)
     chosen = () if teacher is None else (f"score.teacher={json.dumps(teacher)}",)
-    _inline_stages((*recipe, *chosen)).score(episode, share=share)
+    _inline_stages((*recipe, *chosen), "score").score(episode, share=share)
 
 
 @cli.command(epilog=EPILOG_RECIPE)
@@ -146,7 +149,7 @@ def learn(recipe: tuple[str, ...], episode: int) -> None:
 
     Example: opd-cache learn quickstart --episode 0
     """
-    loaded = _load(recipe)
+    loaded = _load(recipe, "learn")
     from opd_cache.learn.ranks import joined_ranks, rank_from_environment
 
     ranks = rank_from_environment()
@@ -177,7 +180,7 @@ def evaluate(recipe: tuple[str, ...], policy_version: int, as_json: bool) -> Non
 
     Example: opd-cache eval quickstart --policy-version 10
     """
-    stages = _inline_stages(recipe)
+    stages = _inline_stages(recipe, "eval")
     stages.eval(policy_version)
     if as_json:
         from opd_cache.status import evaluation_summary
@@ -195,19 +198,19 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
 
     Example: opd-cache run quickstart num_episodes=12
     """
+    from opd_cache.launch.environments import python_of
     from opd_cache.launch.local import SubprocessStages
     from opd_cache.pipeline import InlineStages, run_episodes
 
     opened = _open(recipe)
     inline, commands = InlineStages(opened), SubprocessStages(recipe, opened.recipe.num_workers)
-    is_inline = opened.recipe.launcher == "inline"
-    has_ranks = opened.recipe.learn.num_ranks > 1
-    run_episodes(
-        opened,
-        lambda stage, number: (inline if is_inline and not (has_ranks and stage == "learn") else commands)(
-            stage, number
-        ),
-    )
+
+    def execute(stage: str, number: int) -> None:
+        has_ranks = stage == "learn" and opened.recipe.learn.num_ranks > 1
+        is_apart = opened.recipe.launcher == "subprocess" or has_ranks or python_of(opened.recipe, stage) is not None
+        (commands if is_apart else inline)(stage, number)
+
+    run_episodes(opened, execute)
     if as_json:
         from opd_cache.status import run_status
 

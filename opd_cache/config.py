@@ -47,6 +47,36 @@ class TeacherConfig(ModelConfig):
     """A teacher: a model that gives log-probs of the student's tokens."""
 
     scorer: Optional[str] = option(None, "Overrides score.scorer for this teacher.", table=registry.SCORERS)
+    vllm: dict[str, Any] = option(dict, "Overrides keys of score.vllm for this teacher.")
+
+
+@dataclass
+class VllmOptions:
+    """vLLM's engine arguments. null: what vLLM chooses."""
+
+    tensor_parallel_size: int = option(1, "GPUs that hold the model together.", min=1)
+    gpu_memory_utilization: Optional[float] = option(
+        None, "Share of the GPU's memory that vLLM takes. Lower it where something else is on the GPU.", above=0, max=1
+    )
+    kv_cache_memory_bytes: Optional[int] = option(
+        None, "Memory for keys and values instead. Without a GPU, set it: some 10 MB serve a tiny model.", min=1
+    )
+    max_model_len: Optional[int] = option(
+        None, "Longest sequence in tokens; null: the model's. A smaller one needs less memory.", min=2
+    )
+    max_num_batched_tokens: Optional[int] = option(
+        None,
+        "Tokens in one forward. null: 2,048 for scoring, since prompt log-probs take 6 bytes × vocabulary a token outside what vLLM accounts for.",
+        min=1,
+    )
+    max_num_seqs: Optional[int] = option(None, "Sequences in one forward.", min=1)
+    block_size: Optional[int] = option(
+        None, "Tokens in one block of the cache: prompts are shared in whole blocks.", min=1
+    )
+    quantization: Optional[str] = option(None, "Such as fp8, awq; null: as the model's config says.")
+    seed: int = option(0, "Of the engine. Samples have seeds of their own.", min=0)
+    enforce_eager: bool = option(False, "No compilation and no CUDA graphs: starts sooner, runs slower.")
+    engine_args: dict[str, Any] = option(dict, "Any other of vLLM's engine arguments, by its name there.")
 
 
 @dataclass
@@ -101,6 +131,11 @@ class RolloutConfig:
     reward: Optional[str] = option(
         None, "Task reward of each response, for reward_pg and metrics; null: none.", table=registry.REWARDS
     )
+    vllm: VllmOptions = option(VllmOptions, "For rollout.sampler=vllm.")
+    python: Optional[str] = option(
+        None,
+        "Another environment's Python for this stage and for evaluation, such as .venv-vllm/bin/python; null: this one.",
+    )
 
 
 @dataclass
@@ -123,6 +158,13 @@ class ScoreConfig:
         "Compute a prompt once for all its samples. auto: where it saves a quarter.",
         choices=("auto", "always", "never"),
     )
+    max_gap: Optional[float] = option(
+        8.0,
+        "Stop when a shard's mean student − teacher log-prob is beyond this many nats: another tokenizer or chat template, or a shift. null: do not look.",
+        above=0,
+    )
+    vllm: VllmOptions = option(VllmOptions, "For score.scorer=vllm.")
+    python: Optional[str] = option(None, "Another environment's Python for this stage; null: this one.")
 
 
 @dataclass
@@ -219,6 +261,7 @@ class LearnConfig:
     """The student learns from the joined shards."""
 
     engine: str = option("torch", "Who runs the optimizer.", table=registry.ENGINES)
+    python: Optional[str] = option(None, "Another environment's Python for this stage; null: this one.")
     num_ranks: int = option(
         1, "Processes that learn together on this machine. torchrun and srun say it themselves.", min=1
     )

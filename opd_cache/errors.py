@@ -42,6 +42,10 @@ class MissingInputError(StoreError, FileNotFoundError):
     """A stage was asked for before the stage that feeds it was complete."""
 
 
+class EngineOutputError(OpdCacheError, RuntimeError):
+    """An inference engine or server gave something else than it was asked for; nothing of it was published."""
+
+
 class DivergedError(OpdCacheError, ArithmeticError):
     """A model's numbers are no longer finite; going on would publish a broken policy."""
 

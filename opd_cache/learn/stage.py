@@ -1,9 +1,11 @@
 """The learn stage: stream the joined shards in planned order, one optimizer step a global batch, publish the policy."""
 
 import contextlib
+import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pyarrow as pa
 
 from opd_cache import registry
 from opd_cache.errors import FirstRankFailedError, TryAgainError
-from opd_cache.learn.batch import global_batches
+from opd_cache.learn.batch import global_batches, micro_batches
 from opd_cache.learn.checkpoint import (
     STEPS,
     TRAINER,
@@ -33,10 +35,11 @@ from opd_cache.learn.ranks import ALONE, Ranks
 from opd_cache.learn.step import Trainer
 from opd_cache.learn.stop import StopRequest, noted_signals
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
+from opd_cache.learn.student import on_device
 from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
 from opd_cache.run import Run
-from opd_cache.run_dir import PLAN, SCHEMA_VERSION
+from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stage import write_note
@@ -179,7 +182,14 @@ def _publish_inner_checkpoint(
 
 def _publish_policy(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson) -> None:
     final, state = run.dir.policy_after(episode), lesson.state
-    if _publish(final, engine, ranks, lesson.about, TrainerState(state.step, 0, []), steps=state.steps):
+    canary = _canary(engine, lesson)
+
+    def also(target: Path) -> None:
+        _write_steps(target / TRAINER / STEPS, state.steps)
+        if canary is not None:
+            (target / CANARY).write_text(json.dumps(canary))
+
+    if _publish(final, engine, ranks, lesson.about, TrainerState(state.step, 0, []), also):
         engine.saved_as(final)
     if ranks.is_first:
         _finish(run, episode)
@@ -191,15 +201,14 @@ def _publish(
     ranks: Ranks,
     about: dict[str, Any],
     state: TrainerState,
-    steps: list[dict[str, Any]] | None = None,
+    also: Callable[[Path], None] = lambda target: None,
 ) -> bool:
-    """Publish a checkpoint, with the metrics of its `steps` where it is a policy. All ranks give their parts."""
+    """Publish a checkpoint, with what `also` writes into it. All ranks give their parts."""
 
     def fill(target: Path) -> None:
         engine.save(target)
         write_state(target, state)
-        if steps is not None:
-            _write_steps(target / TRAINER / STEPS, steps)
+        also(target)
 
     won = False
     if ranks.is_first:
@@ -207,6 +216,20 @@ def _publish(
     else:
         engine.save(None)
     return ranks.any(won)
+
+
+def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
+    """A short rollout and its log-probs under the new policy: an engine that loads it must find the same."""
+    rows = (row for row in planned_rows(lesson.sources, 1, 0) if len(row[0].response_ids) and row[1].error is None)
+    if (row := next(rows, None)) is None:
+        return None
+    (batch,) = micro_batches([row], [0.0], max_tokens=1)
+    rollout, _ = row
+    return {
+        "prompt_ids": rollout.prompt_ids.tolist(),
+        "response_ids": rollout.response_ids.tolist(),
+        "logprobs": engine.sampled_logprobs(on_device(batch, engine.device)).tolist(),
+    }
 
 
 def _finish(run: Run, episode: int) -> None:

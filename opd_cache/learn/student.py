@@ -31,9 +31,9 @@ class Student(nn.Module):
         with self._autocast():
             return self.head(self._hidden(batch), objective.ids_NM, objective)
 
-    def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probs [N] of the sampled tokens, without gradient."""
-        with torch.no_grad(), self._autocast():
+    def sampled_logprobs(self, batch: MicroBatch, exact: bool = False) -> Tensor:
+        """Log-probs [N] of the sampled tokens, without gradient. exact: in the weights' precision, whatever the recipe's."""
+        with torch.no_grad(), contextlib.nullcontext() if exact else self._autocast():
             # Called as a module: ZeRO-3 then gathers its weight.
             return self.head(self._hidden(batch), batch.target_ids_N[:, None], None).squeeze(-1)
 

@@ -9,6 +9,8 @@ import numpy as np
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.types import Float32Array, Int32Array
 
+UNKNOWN_RANK = 0  # where an engine does not say
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
@@ -31,7 +33,7 @@ class TokenScores:
 
     key: int
     logprobs: Float32Array  # [R], of each response id given all before it, nats
-    rank: Int32Array  # [R], 1 = the teacher's likeliest token
+    rank: Int32Array  # [R], 1 = the teacher's likeliest token, or UNKNOWN_RANK
     topk_ids: Int32Array  # [R, K], likeliest first
     topk_logprobs: Float32Array  # [R, K], not renormalised
     error: str | None = None

@@ -7,11 +7,13 @@ from itertools import islice
 import pyarrow as pa
 
 from opd_cache import registry
+from opd_cache.config import ScoreConfig
 from opd_cache.errors import MissingInputError, StoreError
 from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.logs import StageProgress
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
 from opd_cache.run_dir import RolloutSet
+from opd_cache.score.checks import GapWatch, check_repeats
 from opd_cache.score.scores import Scorer, ScoreRequest
 from opd_cache.stage import EVERYTHING, Share, make_shards
 from opd_cache.store.join import read_rollouts, score_fault
@@ -78,7 +80,7 @@ def score_rollouts(
         scorer.load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
-        return _score_shard(plan, rollouts, scores, shard, scorer, top_k, progress)
+        return _score_shard(plan, rollouts, scores, shard, scorer, run.recipe.score, top_k, progress)
 
     return make_shards(
         "score",
@@ -109,24 +111,43 @@ def _score_shard(
     scores: ShardSet,
     shard: int,
     scorer: Scorer,
+    options: ScoreConfig,
     top_k: int,
     progress: StageProgress,
 ) -> Iterator[pa.RecordBatch]:
     """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts."""
     limit = ROWS_PER_GROUP_TOPK if top_k else ROWS_PER_GROUP
-    reader = read_rollouts(rollouts, shard)
+    reader, gaps = read_rollouts(rollouts, shard), GapWatch(options.max_gap)
+    canary: tuple[ScoreRequest, Score] | None = None
     for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
-        scored = _score_window(list(islice(reader, window)), window, scorer, top_k, progress)
+        rows = list(islice(reader, window))
+        requests = [
+            ScoreRequest(key, row.prompt_ids, row.response_ids, row.prompt_index) for key, row in enumerate(rows)
+        ]
+        scored = _score_window(rows, requests, window, scorer, top_k, progress)
+        for row, score in zip(rows, scored, strict=True):
+            gaps.add(row, score)
+        canary = canary or next(
+            ((r, s) for r, s in zip(requests, scored, strict=True) if len(s.teacher_logprobs)), None
+        )
         start = 0
         for size in group_sizes(window, plan.n_samples_per_prompt, limit):
             yield score_batch(scored[start : start + size], scores.schema)
             start += size
+    # The file gets its name only when this generator has ended well.
+    gaps.check(str(scores.path(shard)))
+    if canary is not None:
+        check_repeats(scorer, *canary, str(scores.path(shard)))
 
 
 def _score_window(
-    rows: list[Rollout], expected: int, scorer: Scorer, top_k: int, progress: StageProgress
+    rows: list[Rollout],
+    requests: list[ScoreRequest],
+    expected: int,
+    scorer: Scorer,
+    top_k: int,
+    progress: StageProgress,
 ) -> list[Score]:
-    requests = [ScoreRequest(key, row.prompt_ids, row.response_ids, row.prompt_index) for key, row in enumerate(rows)]
     found: dict[int, Score] = {}
     for scores in scorer.score(requests, top_k):
         row = rows[scores.key]

@@ -119,6 +119,9 @@ class DeepSpeedEngine:
             )
         return norm
 
+    def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
+        return self.student.sampled_logprobs(batch, exact=True)
+
     def reference_logprobs(self, batch: MicroBatch) -> Tensor:
         with adapters_off(self.student.module):
             return self.student.sampled_logprobs(batch)

@@ -98,6 +98,9 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def sampled_logprobs(self, batch: MicroBatch) -> Tensor:
+        return self.student.sampled_logprobs(batch, exact=True)
+
     def reference_logprobs(self, batch: MicroBatch) -> Tensor:
         with adapters_off(self.student.module):
             return self.student.sampled_logprobs(batch)

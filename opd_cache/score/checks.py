@@ -1,0 +1,60 @@
+"""What a shard of scores must stand up to before it is published: plausible numbers, and the same numbers again."""
+
+import numpy as np
+
+from opd_cache.errors import EngineOutputError, MismatchError
+from opd_cache.score.scores import Scorer, ScoreRequest
+from opd_cache.types import Rollout, Score
+
+# A mean over fewer tokens says little.
+MIN_TOKENS = 200
+# On its own samples a student is at least as sure as any teacher, in the mean: KL(student || teacher) ≥ 0.
+LEAST_GAP = -0.5
+# (largest, mean) difference of a row's log-probs from one scoring to the next; engines in 16 bits round by batch shape.
+REPEATS_TO = {"float32": (1e-3, 1e-4)}
+REPEATS_TO_16_BITS = (0.5, 0.1)
+
+
+class GapWatch:
+    """Mean student − teacher log-prob of a shard's tokens."""
+
+    def __init__(self, max_gap: float | None) -> None:
+        self.max_gap = max_gap
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, rollout: Rollout, score: Score) -> None:
+        if score.error is not None:
+            return
+        student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
+        # A teacher's −inf is legitimate for one token, and would hide all others.
+        gaps = student.astype(np.float64) - np.maximum(score.teacher_logprobs, -100.0)
+        self.total += float(gaps.sum())
+        self.tokens += len(gaps)
+
+    def check(self, where: str) -> None:
+        """Raises MismatchError where the scores cannot be this teacher's of these tokens."""
+        if self.max_gap is None or self.tokens < MIN_TOKENS:
+            return
+        gap = self.total / self.tokens
+        if gap > self.max_gap:
+            raise MismatchError(
+                f"{where}: the teacher finds the student's tokens {gap:.1f} nats a token less likely than the student does (score.max_gap = {self.max_gap}). The likely causes: another tokenizer, another chat template than the teacher was trained with, or log-probs shifted by one position. Nothing was published; raise score.max_gap if the two really differ so much."
+            )
+        if gap < LEAST_GAP:
+            raise MismatchError(
+                f"{where}: the teacher finds the student's own samples {-gap:.1f} nats a token more likely than the student that sampled them. The stored sampling log-probs are not the sampler's, or the scores are of other tokens. Nothing was published; set score.max_gap=null to score all the same."
+            )
+
+
+def check_repeats(scorer: Scorer, request: ScoreRequest, found: Score, where: str) -> None:
+    """Score one row again, alone. Raises EngineOutputError where the engine does not give what it gave in company."""
+    (again,) = scorer.score([request], found.topk_ids.shape[-1])
+    largest, mean = REPEATS_TO.get(scorer.dtype, REPEATS_TO_16_BITS)
+    finite = np.isfinite(found.teacher_logprobs) & np.isfinite(again.logprobs)
+    differences = np.abs(found.teacher_logprobs - again.logprobs)[finite]
+    if not finite.all() and not np.array_equal(found.teacher_logprobs[~finite], again.logprobs[~finite]):
+        differences = np.append(differences, np.inf)
+    if differences.size and not (differences.max() <= largest and differences.mean() <= mean):
+        raise EngineOutputError(
+            f"{where}: {found.rollout_id} scored again alone differs by up to {differences.max():.3g} nats (mean {differences.mean():.3g}), more than {scorer.dtype} explains. Nothing was published; for an engine, try share_prompts=never."
+        )

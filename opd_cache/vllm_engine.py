@@ -1,0 +1,165 @@
+"""vLLM's offline engine in this process: made, fed with a bounded number of requests at once, given new weights, closed.
+
+What is asked of it is in the sampler (rollout/samplers/vllm.py) and the scorer (score/scorers/vllm.py).
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+# The engine runs in this process and not in one of its own, says only what is wrong, beside the results, and reports to
+# nobody.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import numpy as np  # noqa: E402
+import vllm  # noqa: E402
+from vllm import SamplingParams  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+from opd_cache.config import ModelConfig, VllmOptions  # noqa: E402
+from opd_cache.errors import ConfigError, EngineOutputError, ModelError  # noqa: E402
+from opd_cache.fingerprint import model_folder  # noqa: E402
+from opd_cache.models import ADAPTER_CONFIG, dtype_name  # noqa: E402
+from opd_cache.types import Int32Array  # noqa: E402
+
+VERSION = f"vllm {vllm.__version__}"
+# Requests inside the engine at once: enough to fill its batches, few enough to bound what their results take.
+IN_FLIGHT = 512
+
+Request = tuple[int, list[int], SamplingParams]
+
+
+class VllmEngine:
+    """A loaded model. `uses_token_ids`: whether it scores chosen ids of chosen rows (its second model runner)."""
+
+    def __init__(self, config: ModelConfig, options: VllmOptions, key: str, **settings: Any) -> None:
+        """settings: the stage's own engine arguments. key: the recipe section of the options, for messages.
+
+        Raises ConfigError or ModelError with the engine's reason.
+        """
+        self.folder = model_folder(config)
+        _check_folder(self.folder, config)
+        arguments = {**engine_arguments(options), **settings}
+        try:
+            self.llm = vllm.LLM(
+                model=str(self.folder),
+                dtype=dtype_name(config),
+                trust_remote_code=config.trust_remote_code,
+                skip_tokenizer_init=True,  # ids go in and ids come out
+                generation_config="vllm",  # a model's own may hold a repetition penalty
+                **arguments,
+            )
+        except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ConfigError(
+                f"vLLM cannot load {config.model!r}: {reason} Its settings are {key}.* in the recipe."
+            ) from error
+        engine_config = self.llm.llm_engine.vllm_config
+        self.uses_token_ids = bool(getattr(engine_config, "use_v2_model_runner", False))
+        self.context_length: int = engine_config.model_config.max_model_len
+        self.vocab_size: int = engine_config.model_config.get_vocab_size()
+        self.max_logprobs: int = engine_config.model_config.max_logprobs
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Any]:
+        """A finished RequestOutput for each (key, token ids, parameters), in the order in which they finish; request_id is
+        the key. At most IN_FLIGHT are inside the engine."""
+        engine, waiting = self.llm.llm_engine, iter(requests)
+        in_flight = 0
+        is_drained = False
+        try:
+            while True:
+                while not is_drained and in_flight < IN_FLIGHT:
+                    request = next(waiting, None)
+                    if request is None:
+                        is_drained = True
+                        break
+                    key, ids, parameters = request
+                    engine.add_request(str(key), {"prompt_token_ids": ids}, parameters)
+                    in_flight += 1
+                if not in_flight:
+                    return
+                finished = [output for output in engine.step() if output.finished]
+                in_flight -= len(finished)
+                yield from finished
+        finally:
+            if in_flight:
+                engine.abort_request(list(engine.output_processor.request_states))
+
+    def forget_prefixes(self) -> None:
+        """Drop cached keys and values: what the old weights made must not be read under the new ones."""
+        self.llm.llm_engine.reset_prefix_cache()
+
+    def load_weights(self, folder: Path) -> None:
+        """Take another checkpoint of the same model, in place."""
+        self.llm.llm_engine.collective_rpc("load_checkpoint", args=(str(folder),))
+        self.forget_prefixes()
+        self.folder = folder
+
+    def close(self) -> None:
+        """Give the memory back."""
+        with contextlib.suppress(AttributeError):
+            self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def engine_arguments(options: VllmOptions) -> dict[str, Any]:
+    """The options that were set, as vLLM names them; engine_args count last."""
+    named = {name: value for name, value in asdict(options).items() if name != "engine_args" and value is not None}
+    return {**named, **options.engine_args}
+
+
+def with_overrides(options: VllmOptions, overrides: dict[str, Any]) -> VllmOptions:
+    """A teacher's own settings over those of the stage."""
+    return replace(options, **overrides)
+
+
+def parameters(**settings: Any) -> SamplingParams:
+    """Sampling parameters for ids in and ids out: one output at the end, no text."""
+    return SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True, **settings)
+
+
+def flat_logprobs_of(output: Any, response_ids: Int32Array, top_k: int) -> tuple[Any, Any, Any, Any]:
+    """(log-probs [R], ranks [R], top-k ids [R, K], top-k log-probs [R, K]) of a request's last R prompt tokens.
+
+    The flat form lists at every position the prompt's own token, then its k likeliest. Raises EngineOutputError.
+    """
+    flat, size, num_tokens = output.prompt_logprobs, len(response_ids), len(output.prompt_token_ids)
+    begin = flat.start_indices[num_tokens - size] if len(flat) == num_tokens else 0
+    columns = [np.asarray(values[begin:]) for values in (flat.token_ids, flat.logprobs, flat.ranks)]
+    if any(len(column) != size * (top_k + 1) for column in columns):
+        raise EngineOutputError(
+            f"vLLM gave {len(flat.logprobs)} log-probs at {len(flat)} positions for {num_tokens} tokens; expected {top_k + 1} a position."
+        )
+    ids, logprobs, ranks = (column.reshape(size, top_k + 1) for column in columns)
+    if not np.array_equal(ids[:, 0], response_ids):
+        raise EngineOutputError("vLLM scored other token ids than the response's.")
+    return (
+        logprobs[:, 0].astype(np.float32),
+        ranks[:, 0].astype(np.int32),
+        ids[:, 1:].astype(np.int32),
+        logprobs[:, 1:].astype(np.float32),
+    )
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: holds LoRA adapters and no whole model, which vLLM cannot load here. Use learn.lora.merge=true, or a merged model."
+        )
+    has_code = "auto_map" in json.loads((folder / "config.json").read_text())
+    if has_code and not config.trust_remote_code:
+        raise ModelError(
+            f"{folder}: comes with Python code of its own (auto_map in config.json). Set trust_remote_code=true for this model if you know it."
+        )

@@ -1,0 +1,35 @@
+"""What runs inside vLLM's workers: taking a checkpoint's weights in place. Named by worker_extension_cls."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class CheckpointLoader:
+    """Mixed into vLLM's worker; `self` is the worker."""
+
+    model_runner: Any
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Load every tensor of a folder. A tied LM head is given too: on some devices the engine keeps a prepared copy of
+        it, which a reload of the embedding alone leaves old."""
+        self.model_runner.reload_weights(weights_iterator=_tensors(Path(folder)))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    names = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                names.add(name)
+                tensor = file.get_tensor(name)
+                yield name, tensor
+                if name == EMBEDDING:
+                    embedding = tensor
+    if EMBEDDING in names and HEAD not in names:
+        yield HEAD, embedding

@@ -1,0 +1,105 @@
+"""The vLLM scorer against the transformers one, which is tested against a plain log-softmax."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from opd_cache.config import ScoreConfig, TeacherConfig, VllmOptions
+from opd_cache.errors import ConfigError
+from opd_cache.score.scorers.hf import HFScorer
+from opd_cache.score.scorers.vllm import VllmScorer
+from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores
+
+TOP_K = 8
+
+
+def requests(num_prompts: int = 12, samples: int = 4, prompt: int = 100) -> list[ScoreRequest]:
+    """Prompts of several blocks, shared by their samples; two samples of each begin alike, one is empty."""
+    rng = np.random.default_rng(0)
+    rows: list[ScoreRequest] = []
+    for group in range(num_prompts):
+        prompt_ids = rng.integers(3, 258, rng.integers(1, prompt)).astype(np.int32)
+        common = rng.integers(3, 258, 70).astype(np.int32)
+        for sample in range(samples):
+            own = rng.integers(3, 258, rng.integers(1, 40)).astype(np.int32)
+            response = {0: np.zeros(0, np.int32), 1: common, 2: np.concatenate([common, own])}.get(sample, own)
+            rows.append(ScoreRequest(len(rows), prompt_ids, response, group))
+    return rows
+
+
+def config(folder: Path) -> TeacherConfig:
+    return TeacherConfig(model=str(folder), dtype="float32", device="cpu")
+
+
+def by_key(scorer: Scorer, rows: Sequence[ScoreRequest], top_k: int) -> dict[int, TokenScores]:
+    found = {scores.key: scores for scores in scorer.score(rows, top_k)}
+    assert sorted(found) == [row.key for row in rows]
+    return found
+
+
+@pytest.fixture(scope="module")
+def scorer(teacher_folder: Path) -> Iterator[VllmScorer]:
+    scorer = VllmScorer(config(teacher_folder), ScoreConfig(top_k=TOP_K, vllm=VllmOptions(**SMALL)))
+    yield scorer
+    scorer.loaded.close()
+
+
+@pytest.mark.parametrize("top_k", [0, TOP_K])
+def test_vllm_and_transformers_agree(scorer: VllmScorer, teacher_folder: Path, top_k: int) -> None:
+    rows = requests()
+    expected = by_key(HFScorer(config(teacher_folder), ScoreConfig(top_k=top_k)), rows, top_k)
+    for key, found in by_key(scorer, rows, top_k).items():
+        theirs = expected[key]
+        assert found.error is None
+        assert found.logprobs.dtype == np.float32
+        assert found.topk_ids.shape == (len(rows[key].response_ids), top_k)
+        np.testing.assert_allclose(found.logprobs, theirs.logprobs, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(found.topk_logprobs, theirs.topk_logprobs, atol=2e-5, rtol=0)
+        # Two tokens that are all but equally likely may stand in either order.
+        assert (found.rank == theirs.rank).mean() > 0.99 if len(found.rank) else True
+
+
+def test_samples_that_begin_alike_get_the_numbers_that_they_get_alone(scorer: VllmScorer) -> None:
+    """Their first response rows lie in a cached block, which the engine reads and does not compute."""
+    rows = requests()
+    together = by_key(scorer, rows, 0)
+    for row in rows[:8]:
+        (alone,) = by_key(scorer, [row], 0).values()
+        np.testing.assert_allclose(together[row.key].logprobs, alone.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_response_beyond_the_context_is_an_error_row_and_shifts_nothing(scorer: VllmScorer) -> None:
+    rows = requests(num_prompts=2)
+    fits, too_long = (
+        ScoreRequest(0, np.full(200, 7, np.int32), np.arange(3, 3 + size, dtype=np.int32), 99) for size in (55, 56)
+    )
+    mixed = [replace(row, key=key) for key, row in enumerate([*rows[:3], too_long, fits, *rows[3:]])]
+    found, alone = by_key(scorer, mixed, 0), by_key(scorer, rows, 0)
+    assert found[3].error == "256 tokens and one more, the teacher's context is 256"
+    assert len(found[3].logprobs) == 0
+    assert len(found[4].logprobs) == 55
+    for key, row in enumerate(rows):
+        place = key if key < 3 else key + 2
+        np.testing.assert_allclose(found[place].logprobs, alone[row.key].logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_token_that_the_teacher_lacks_is_an_error_row(scorer: VllmScorer) -> None:
+    row = ScoreRequest(0, np.array([5], np.int32), np.array([6, 258], np.int32), 0)
+    assert by_key(scorer, [row], 0)[0].error == "token id 258, the teacher has 258 embeddings"
+
+
+def test_top_k_above_the_engines_cap_is_refused(teacher_folder: Path) -> None:
+    options = ScoreConfig(top_k=30, vllm=VllmOptions(**SMALL, engine_args={"max_logprobs": 10}))
+    with pytest.raises(ConfigError, match=r"score.top_k = 30, but the engine gives at most 10 \(max_logprobs 10, 258"):
+        VllmScorer(config(teacher_folder), options).load()
+
+
+def test_an_unknown_engine_argument_is_refused_in_one_line(teacher_folder: Path) -> None:
+    options = ScoreConfig(vllm=VllmOptions(**SMALL, engine_args={"no_such_thing": 1}))
+    with pytest.raises(ConfigError, match=r"vLLM cannot load .*no_such_thing.* Its settings are score.vllm") as caught:
+        VllmScorer(config(teacher_folder), options).load()
+    assert "\n" not in str(caught.value)
