@@ -85,5 +85,7 @@ class InlineStages:
 
         teacher = self.run.recipe.learning_teacher()
         if self.run.recipe.eval.teacher:
-            evaluate_teacher(self.run, teacher, new_sampler(self.run, self.run.recipe.teachers[teacher]))
+            sampler = new_sampler(self.run, self.run.recipe.teachers[teacher])
+            evaluate_teacher(self.run, teacher, sampler)
+            sampler.close()
         evaluate_policy(self.run, version, self.sampler, teacher, self.scorer(teacher))

@@ -59,6 +59,7 @@ class VllmEngine:
                 trust_remote_code=config.trust_remote_code,
                 skip_tokenizer_init=True,  # ids go in and ids come out
                 generation_config="vllm",  # a model's own may hold a repetition penalty
+                worker_extension_cls="opd_cache.vllm_worker.CheckpointLoader",
                 **arguments,
             )
         except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
@@ -101,11 +102,20 @@ class VllmEngine:
         """Drop cached keys and values: what the old weights made must not be read under the new ones."""
         self.llm.llm_engine.reset_prefix_cache()
 
-    def load_weights(self, folder: Path) -> None:
-        """Take another checkpoint of the same model, in place."""
-        self.llm.llm_engine.collective_rpc("load_checkpoint", args=(str(folder),))
+    def load_weights(self, folder: Path) -> list[str]:
+        """Take another checkpoint of the same model, in place; names of the tensors that did not arrive."""
+        found = self.llm.llm_engine.collective_rpc("load_checkpoint", args=(str(folder),))
         self.forget_prefixes()
         self.folder = folder
+        return [name for names in found for name in names]
+
+    def logprobs_of(self, prompt_ids: list[int], response_ids: list[int]) -> Any:
+        """Log-probs [R] of a response, read from no cache."""
+        of_prompt = parameters(
+            max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, flat_logprobs=True, skip_reading_prefix_cache=True
+        )  # fmt: skip
+        (output,) = self.stream([(0, [*prompt_ids, *response_ids], of_prompt)])
+        return flat_logprobs_of(output, np.array(response_ids, np.int32), 0)[0]
 
     def close(self) -> None:
         """Give the memory back."""

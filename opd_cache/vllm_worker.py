@@ -15,10 +15,21 @@ class CheckpointLoader:
 
     model_runner: Any
 
-    def load_checkpoint(self, folder: str) -> None:
-        """Load every tensor of a folder. A tied LM head is given too: on some devices the engine keeps a prepared copy of
-        it, which a reload of the embedding alone leaves old."""
+    def load_checkpoint(self, folder: str) -> list[str]:
+        """Load every tensor of a folder; names of those that did not arrive, as far as the model has them in one piece.
+
+        A tied LM head is given too: on some devices the engine keeps a prepared copy of it, which a reload of the
+        embedding alone leaves old.
+        """
         self.model_runner.reload_weights(weights_iterator=_tensors(Path(folder)))
+        own = dict(self.model_runner.get_model().named_parameters())
+        return [
+            name
+            for name, tensor in _tensors(Path(folder))
+            if name in own
+            and own[name].shape == tensor.shape
+            and not torch.equal(own[name].data, tensor.to(own[name].device, own[name].dtype))
+        ]
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

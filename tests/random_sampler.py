@@ -22,6 +22,9 @@ class RandomSampler:
     def load_policy(self, config: ModelConfig) -> None:
         """Nothing to load."""
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def sample(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
         for request in requests:
             ids = np.random.default_rng(request.seed).integers(90, 250, plan.max_new_tokens).astype(np.int32)

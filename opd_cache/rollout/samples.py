@@ -42,3 +42,6 @@ class Sampler(Protocol):
 
     def sample(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
         """One Sample a request, in any order, with the request's key."""
+
+    def close(self) -> None:
+        """Give its memory back."""

@@ -1,5 +1,6 @@
 """Sampling with real vLLM: seeds, stop ids, log-probs, and the weights of a new policy."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from conftest import SMALL
 from helpers import STOP_IDS, save_model, tiny_qwen2
 
 from opd_cache.config import ModelConfig, RolloutConfig, ScoreConfig, TeacherConfig, VllmOptions
-from opd_cache.errors import ConfigError
+from opd_cache.errors import ConfigError, ModelError
 from opd_cache.rollout.samplers.vllm import VllmSampler
 from opd_cache.rollout.samples import Sample, SampleRequest
+from opd_cache.run_dir import CANARY
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scores import ScoreRequest
 from opd_cache.store.plans import SamplingPlan
@@ -44,7 +46,7 @@ def sampler(teacher_folder: Path) -> Iterator[VllmSampler]:
     sampler = VllmSampler(student(teacher_folder), RolloutConfig(vllm=VllmOptions(**SMALL)))
     sampler.load_policy(student(teacher_folder))
     yield sampler
-    sampler.loaded.close()
+    sampler.close()
 
 
 def logprobs_of(folder: Path, rows: list[SampleRequest], found: dict[int, Sample]) -> dict[int, np.ndarray]:
@@ -109,16 +111,47 @@ def test_prompts_that_leave_no_room_are_refused(sampler: VllmSampler) -> None:
         list(sampler.sample([row], PLAN))
 
 
+def write_canary(folder: Path, row: SampleRequest, response: np.ndarray) -> None:
+    """As the learner does."""
+    scorer = HFScorer(TeacherConfig(model=str(folder), dtype="float32", device="cpu"), ScoreConfig())
+    (scores,) = scorer.score([ScoreRequest(0, row.prompt_ids, response, 0)], 0)
+    content = {
+        "prompt_ids": row.prompt_ids.tolist(),
+        "response_ids": response.tolist(),
+        "logprobs": scores.logprobs.tolist(),
+    }
+    (folder / "trainer").mkdir()
+    (folder / CANARY).write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_new_policys_weights_are_the_ones_that_sample(tied: bool, tmp_path: Path) -> None:
+def test_a_new_policys_weights_are_taken_in_place_and_are_the_ones_that_sample(tied: bool, tmp_path: Path) -> None:
     """Body and LM head, and no keys and values of the old weights."""
     shape = {"hidden_size": 128, "tie_word_embeddings": tied, "max_position_embeddings": 256}
     folders = [save_model(tiny_qwen2(seed=seed, **shape), tmp_path / str(seed)) for seed in (11, 12)]
-    sampler = VllmSampler(student(folders[0]), RolloutConfig(vllm=VllmOptions(**SMALL)))
     rows = requests(prompts=3)
+    for folder in folders:
+        write_canary(folder, rows[0], np.arange(100, 140, dtype=np.int32))
+    sampler = VllmSampler(student(folders[0]), RolloutConfig(vllm=VllmOptions(**SMALL)))
+    sampler.load_policy(student(folders[0]))
+    first = sampler.loaded
     for folder in [*folders, folders[0]]:
         sampler.load_policy(student(folder))
+        assert sampler.loaded is first
         found = by_key(sampler, rows)
         for key, expected in logprobs_of(folder, rows, found).items():
             np.testing.assert_allclose(found[key].sampling_logprobs, expected, atol=2e-5, rtol=0)
-    sampler.loaded.close()
+    sampler.close()
+
+
+def test_weights_that_do_not_prove_to_be_the_policys_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
+    folder = save_model(tiny_qwen2(seed=12, hidden_size=128, max_position_embeddings=256), tmp_path / "policy")
+    write_canary(folder, requests(1)[0], np.arange(100, 140, dtype=np.int32))
+    content = json.loads((folder / CANARY).read_text())
+    content["logprobs"][3] -= 0.01
+    (folder / CANARY).write_text(json.dumps(content))
+    sampler = VllmSampler(student(teacher_folder), RolloutConfig(vllm=VllmOptions(**SMALL)))
+    sampler.load_policy(student(teacher_folder))
+    with pytest.raises(ModelError, match=r"policy: vLLM's log-probs of the canary differ by up to 0.01 nats"):
+        sampler.load_policy(student(folder))
+    sampler.close()

@@ -67,6 +67,9 @@ class RandomSampler:
     def load_policy(self, config: ModelConfig) -> None:
         pass
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def sample(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
         for request in requests:
             rng = np.random.default_rng(request.seed)

@@ -92,6 +92,9 @@ class HFSampler:
         self.model = None  # the old weights must not stay while the new ones come
         self.model = load_model(config, "student")
 
+    def close(self) -> None:
+        self.model = None
+
     def sample(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
         """Responses in any order, each with its request's key. Batches are formed by prompt length."""
         by_length = sorted(requests, key=lambda request: (len(request.prompt_ids), request.key))

@@ -7,19 +7,27 @@ them; a seed is a request's, so that a sample does not depend on how many others
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd_cache.config import ModelConfig, RolloutConfig
-from opd_cache.errors import ConfigError, EngineOutputError
+from opd_cache.errors import ConfigError, EngineOutputError, ModelError
 from opd_cache.fingerprint import model_folder
 from opd_cache.models import dtype_name
 from opd_cache.rollout.samples import Sample, SampleRequest
+from opd_cache.run_dir import CANARY
 from opd_cache.store.plans import SamplingPlan
+from opd_cache.store.publish import read_json
 from opd_cache.vllm_engine import VERSION, VllmEngine, flat_logprobs_of, parameters
 
 log = logging.getLogger(__name__)
+
+# Old weights under a new policy's name differ by more after the first steps of any useful learning rate. 16 bits cannot
+# tell; there every tensor is compared as well.
+CANARY_TOLERANCE = {"float32": 1e-3}
+CANARY_TOLERANCE_16_BITS = 0.5
 
 
 class VllmSampler:
@@ -33,16 +41,45 @@ class VllmSampler:
         self._engine: VllmEngine | None = None
 
     def load_policy(self, config: ModelConfig) -> None:
-        """Take the weights of a policy folder: in place where the engine can, else in a new engine."""
-        if self._engine is not None:
-            if self._engine.folder == model_folder(config):
-                return
-            self._engine.close()
-            self._engine = None
+        """Take the weights of a policy folder: in place where they prove to be there, else in a new engine.
+
+        Raises ModelError where the engine gives other log-probs than the learner that wrote the policy.
+        """
+        folder = model_folder(config)
+        if self._engine is not None and (self._engine.folder == folder or self._takes_in_place(folder)):
+            return
+        self.close()
         # Log-probs as sampled from, temperature and cuts included.
         self._engine = VllmEngine(
             config, self.options.vllm, "rollout.vllm", enable_prefix_caching=True, logprobs_mode="processed_logprobs"
         )
+        if fault := self._canary_fault(folder):
+            raise ModelError(f"{folder}: {fault}; nothing was sampled with it.")
+
+    def _takes_in_place(self, folder: Path) -> bool:
+        if not (folder / CANARY).exists():
+            return False  # nothing to prove it by
+        missing = self.loaded.load_weights(folder)
+        fault = f"{missing[0]} did not arrive" if missing else self._canary_fault(folder)
+        if fault:
+            log.warning("rollout a new engine for %s: in place, %s", folder, fault)
+        return fault is None
+
+    def _canary_fault(self, folder: Path) -> str | None:
+        """What is wrong with the engine's log-probs of the sequence that the learner wrote beside the policy."""
+        if not (folder / CANARY).exists():
+            return None
+        canary = read_json(folder / CANARY)
+        found = self.loaded.logprobs_of(canary["prompt_ids"], canary["response_ids"])
+        difference = np.abs(found - np.array(canary["logprobs"], np.float32)).max()
+        if difference <= CANARY_TOLERANCE.get(self.dtype, CANARY_TOLERANCE_16_BITS):
+            return None
+        return f"vLLM's log-probs of the canary differ by up to {difference:.3g} nats from the learner's"
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     @property
     def loaded(self) -> VllmEngine:
