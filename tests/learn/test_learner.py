@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import complete, save_model, tiny_qwen2
 
-from opd_cache.config import ModelConfig, Recipe
+from opd_cache.config import ModelConfig, Recipe, ScoreConfig, TeacherConfig
 from opd_cache.errors import DivergedError, MismatchError
 from opd_cache.learn.batch import MicroBatch, micro_batches, rows_to_learn
 from opd_cache.learn.checkpoint import verify_checkpoint
@@ -25,7 +25,10 @@ from opd_cache.learn.ranks import ALONE
 from opd_cache.learn.stage import learn_episode, new_engine
 from opd_cache.learn.step import Trainer
 from opd_cache.run import Run, open_run
+from opd_cache.run_dir import CANARY
 from opd_cache.schema import STEPS
+from opd_cache.score.scorers.hf import HFScorer
+from opd_cache.score.scores import ScoreRequest
 from opd_cache.store.join import Joined, join_stages
 from opd_cache.store.plans import load_rollout_plan, rollout_shards, score_shards
 
@@ -252,6 +255,17 @@ def test_a_policy_is_a_plain_hugging_face_folder_with_a_whole_manifest(finished_
     assert AutoTokenizer.from_pretrained(folder).decode([67, 68, 69]) == AutoTokenizer.from_pretrained(
         finished_run.recipe.student.model
     ).decode([67, 68, 69])
+
+
+def test_a_policy_carries_a_sequence_with_its_logprobs(finished_run: Run) -> None:
+    """By which an engine that loads the policy can prove that it has."""
+    folder = finished_run.policy_folder(2)
+    canary = json.loads((folder / CANARY).read_text())
+    scorer = HFScorer(TeacherConfig(str(folder), device="cpu"), ScoreConfig())
+    ids = (np.array(canary[key], np.int32) for key in ("prompt_ids", "response_ids"))
+    (scores,) = scorer.score([ScoreRequest(0, *ids, 0)], 0)
+    assert len(scores.logprobs) > 0
+    np.testing.assert_allclose(canary["logprobs"], scores.logprobs, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_autocast_learns_with_float32_weights(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the cache costs a learner: a step fed from sealed Parquet shards against the same step fed from memory.
 
-    python tools/bench/cache.py [--model quickstart|vocabulary] [--loss reverse_kl_topk] [--json]
+    python tools/bench/cache.py [--model quickstart|medium] [--loss reverse_kl_topk] [--json]
 
 From shards: what `opd-cache learn` does (read ahead, check, join; micro-batches, loss, metrics, optimizer). From memory:
 the same rows as a list, micro-batches, the bare loss without metrics, optimizer. Passes over the whole episode in turns. `overhead` is the ratio of the medians of the steps less 1, `waiting` the share of its
@@ -39,20 +39,20 @@ from opd_cache.score.scores import ScoreRequest, TokenScores
 from opd_cache.store.join import Joined
 from opd_cache.store.plans import SamplingPlan
 
-# The quickstart's student and episode; and a body of 63 M parameters under a real vocabulary.
+# The quickstart's student and episode; and a body of 17 M parameters with responses of a useful length.
 MODELS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "vocab_size": 258, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
-    "vocabulary": {
-        "vocab_size": 151_936, "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8,
-        "num_attention_heads": 12, "num_key_value_heads": 2,
+    "medium": {
+        "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
     },
 }  # fmt: skip
 EPISODES = {
     "quickstart": {"prompts": 640, "batch": 64, "response": 16, "passes": 7},
-    "vocabulary": {"prompts": 12, "batch": 4, "response": 300, "passes": 2},
+    "medium": {"prompts": 40, "batch": 4, "response": 300, "passes": 4},
 }
 
 
