@@ -17,4 +17,4 @@ fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 "$VENV/bin/python" -m pytest "$@"
-if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/vllm; fi
+if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/with_vllm; fi

@@ -22,7 +22,7 @@ SMALL = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32, "enforce_eager": T
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """vLLM warns of its own parts' deprecations."""
     for item in items:
-        if "vllm" in item.path.parent.name:
+        if item.path.parent.name == "with_vllm":
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
