@@ -1,5 +1,8 @@
 """The vLLM scorer against the transformers one, which is tested against a plain log-softmax."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,7 @@ from opd_cache.config import ScoreConfig, TeacherConfig, VllmOptions
 from opd_cache.errors import ConfigError
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scorers.vllm import VllmScorer
-from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores
+from opd_cache.score.scores import UNKNOWN_RANK, Scorer, ScoreRequest, TokenScores
 
 TOP_K = 8
 
@@ -103,3 +106,16 @@ def test_an_unknown_engine_argument_is_refused_in_one_line(teacher_folder: Path)
     with pytest.raises(ConfigError, match=r"vLLM cannot load .*no_such_thing.* Its settings are score.vllm") as caught:
         VllmScorer(config(teacher_folder), options).load()
     assert "\n" not in str(caught.value)
+
+
+def test_the_array_form_of_the_gpus_model_runner_agrees_too(teacher_folder: Path) -> None:
+    """Chosen ids on response rows alone, prompts shared: as on a GPU, in Triton's interpreter."""
+    script = str(Path(__file__).with_name("interpreted.py"))
+    ended = subprocess.run([sys.executable, script, str(teacher_folder)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["uses_token_ids"] is True
+    assert found["ranks"] == [UNKNOWN_RANK]
+    expected = by_key(HFScorer(config(teacher_folder), ScoreConfig()), requests(num_prompts=3), 0)
+    for key, scores in expected.items():
+        np.testing.assert_allclose(found["logprobs"][str(key)], scores.logprobs, atol=2e-5, rtol=0)
