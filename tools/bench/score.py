@@ -1,0 +1,167 @@
+"""Scored tokens a second, as ratios in one run: this scorer against its engine's pure prefill and against naive scoring.
+
+    .venv-vllm/bin/python tools/bench/score.py [--model small|vocabulary] [--repeats 3] [--json]
+
+Variants, each over the same prompts of some 200 and responses of some 300 tokens, 4 samples a prompt, in turns:
+  prefill     vLLM reads the sequences, asks for no log-probs and shares nothing: the engine's own speed
+  stock       vLLM's flat prompt_logprobs=0 through LLM.generate, shares nothing
+  vllm, vllm_shared, vllm_k64     opd-cache's vLLM scorer: without and with shared prompts, and with the top 64
+  naive       transformers on shuffled padded batches, log-softmax over the logits of all positions
+  hf          opd-cache's transformers scorer
+Models are made here, at random: a small vocabulary (4 layers of 512, 4,096 tokens) and a real one (8 layers, 151,936).
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from opd_cache.config import ScoreConfig, TeacherConfig, VllmOptions
+from opd_cache.score.scorers.hf import HFScorer
+from opd_cache.score.scorers.vllm import VllmScorer
+from opd_cache.score.scores import ScoreRequest
+from opd_cache.vllm_engine import parameters
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {
+        "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+    },
+    "vocabulary": {
+        "vocab_size": 151_936, "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+DTYPES = {"small": "float32", "vocabulary": "float32"}
+PROMPTS = {"small": 24, "vocabulary": 4}
+SAMPLES = 4
+NAIVE_BATCH = 8
+
+
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(**shape, max_position_embeddings=1024, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def make_requests(vocab_size: int, prompts: int) -> list[ScoreRequest]:
+    rng = np.random.default_rng(0)
+    rows: list[ScoreRequest] = []
+    for group in range(prompts):
+        prompt = rng.integers(3, vocab_size, rng.integers(180, 221)).astype(np.int32)
+        for _ in range(SAMPLES):
+            response = rng.integers(3, vocab_size, rng.integers(200, 401)).astype(np.int32)
+            rows.append(ScoreRequest(len(rows), prompt, response, group))
+    return rows
+
+
+class Variants:
+    """The ways to score, each a function of the rows; engines stay loaded."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.teacher = TeacherConfig(model=str(folder), dtype=dtype, device="cpu")
+        self.naive_model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self.hf_scorer = HFScorer(self.teacher, ScoreConfig())
+        options = VllmOptions(kv_cache_memory_bytes=1 << 29, block_size=32, max_num_seqs=64)
+        self.alone, self.shared = (
+            VllmScorer(self.teacher, ScoreConfig(top_k=64, share_prompts=share, vllm=options))
+            for share in ("never", "auto")
+        )
+        for scorer in (self.hf_scorer, self.alone, self.shared):
+            scorer.load()
+
+    def prefill(self, rows: list[ScoreRequest]) -> None:
+        plain = parameters(max_tokens=1, temperature=0.0, ignore_eos=True)
+        asked = ((row.key, [*row.prompt_ids.tolist(), *row.response_ids.tolist()], plain) for row in rows)
+        assert len(list(self.alone.loaded.stream(asked))) == len(rows)
+
+    def stock(self, rows: list[ScoreRequest]) -> None:
+        flat = parameters(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, flat_logprobs=True)
+        prompts = [{"prompt_token_ids": [*row.prompt_ids.tolist(), *row.response_ids.tolist()]} for row in rows]
+        assert len(self.alone.loaded.llm.generate(prompts, flat, use_tqdm=False)) == len(rows)
+
+    def vllm(self, rows: list[ScoreRequest]) -> None:
+        assert len(list(self.alone.score(rows, 0))) == len(rows)
+
+    def vllm_shared(self, rows: list[ScoreRequest]) -> None:
+        assert len(list(self.shared.score(rows, 0))) == len(rows)
+
+    def vllm_k64(self, rows: list[ScoreRequest]) -> None:
+        assert len(list(self.alone.score(rows, 64))) == len(rows)
+
+    def hf(self, rows: list[ScoreRequest]) -> None:
+        assert len(list(self.hf_scorer.score(rows, 0))) == len(rows)
+
+    @torch.inference_mode()
+    def naive(self, rows: list[ScoreRequest]) -> None:
+        order = np.random.default_rng(1).permutation(len(rows))
+        for start in range(0, len(rows), NAIVE_BATCH):
+            batch = [
+                torch.from_numpy(np.concatenate([rows[i].prompt_ids, rows[i].response_ids])).long()
+                for i in order[start : start + NAIVE_BATCH]
+            ]
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
+            logits = self.naive_model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+
+
+NAMES = ("prefill", "stock", "vllm", "vllm_shared", "vllm_k64", "hf", "naive")
+
+
+def measure(model: str, repeats: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name), MODELS[model])
+        variants = Variants(Path(name), DTYPES[model])
+        rows = make_requests(MODELS[model]["vocab_size"], PROMPTS[model])
+        seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+        for turn in range(repeats + 1):
+            for variant in NAMES:
+                run: Callable[[list[ScoreRequest]], None] = getattr(variants, variant)
+                start = time.perf_counter()
+                run(rows)
+                if turn:  # the first warms up
+                    seconds[variant].append(time.perf_counter() - start)
+    median = {variant: statistics.median(values) for variant, values in seconds.items()}
+    return {
+        "model": model,
+        "tokens": sum(row.num_tokens for row in rows),
+        "response_tokens": sum(len(row.response_ids) for row in rows),
+        "seconds": median,
+        "of_prefill": {name: median["prefill"] / median[name] for name in ("vllm", "vllm_shared", "vllm_k64", "stock")},
+        "shared_over_stock": median["stock"] / median["vllm_shared"],
+        "hf_over_naive": median["naive"] / median["hf"],
+        "vllm_shared_over_naive": median["naive"] / median["vllm_shared"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, help="default: each in turn")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = [measure(model, options.repeats) for model in ([options.model] if options.model else MODELS)]
+    if options.json:
+        print(json.dumps(found))
+        return
+    for row in found:
+        print(f"\n{row['model']}: {row['tokens']} tokens, {row['response_tokens']} of them scored")
+        print("| variant | s | tokens/s ÷ prefill |\n|---|---|---|")
+        for name, value in row["seconds"].items():
+            print(f"| {name} | {value:.2f} | {row['seconds']['prefill'] / value:.2f} |")
+        print(f"shared prompts ÷ stock {row['shared_over_stock']:.2f}, hf ÷ naive {row['hf_over_naive']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
