@@ -63,7 +63,11 @@ SCORES = (
     Column("ids_hash", pa.uint64(), "Copied from the rollout and compared at the join."),
     Column("error", pa.string(), "Why the row could not be scored; it then trains nothing.", nullable=True),
     Column("teacher_logprobs", list_of(pa.float32()), "Teacher's log-prob of each response id, nats."),
-    Column("teacher_rank", list_of(pa.int32()), "Rank of that id for the teacher; 1 is its likeliest token."),
+    Column(
+        "teacher_rank",
+        list_of(pa.int32()),
+        "Rank of that id for the teacher; 1 is its likeliest token, 0 where the engine does not say.",
+    ),
     Column("topk_ids", list_of(pa.int32()), "Flat: k ids a response token, likeliest first.", True),
     Column(
         "topk_logprobs", list_of(pa.float32()), "Their log-probs, not renormalised, so the tail mass is known.", True
