@@ -10,7 +10,7 @@ from typing import Any
 from opd_cache.errors import ConfigError
 
 SAMPLERS = {"hf": "opd_cache.rollout.samplers.hf:HFSampler"}
-SCORERS = {"hf": "opd_cache.score.scorers.hf:HFScorer"}
+SCORERS = {"hf": "opd_cache.score.scorers.hf:HFScorer", "http": "opd_cache.score.scorers.http:HTTPScorer"}
 LOSSES = {
     "reverse_kl_pg": "opd_cache.learn.losses:REVERSE_KL_PG",
     "reverse_kl_topk": "opd_cache.learn.losses:REVERSE_KL_TOPK",
