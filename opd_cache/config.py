@@ -48,6 +48,7 @@ class TeacherConfig(ModelConfig):
 
     scorer: Optional[str] = option(None, "Overrides score.scorer for this teacher.", table=registry.SCORERS)
     vllm: dict[str, Any] = option(dict, "Overrides keys of score.vllm for this teacher.")
+    urls: Optional[list[str]] = option(None, "scorer=http: this teacher's own servers, instead of score.http.urls.")
 
 
 @dataclass
@@ -139,6 +140,49 @@ class RolloutConfig:
 
 
 @dataclass
+class HttpOptions:
+    """score.scorer=http: a teacher behind servers. `teachers.NAME.model` is then only its tokenizer and config.json."""
+
+    urls: Optional[list[str]] = option(
+        None,
+        "Roots of servers of one teacher, such as http://node7:8000; null: every teacher names its own. They share the requests, and one that is down is gone around.",
+    )
+    api: str = option(
+        "auto",
+        "What the servers speak. sglang: POST /generate; vllm_generate: POST /inference/v1/generate; vllm_completions: POST /v1/completions; auto: ask them. Wrong: the stage stops at its first answer.",
+        choices=("auto", "sglang", "vllm_generate", "vllm_completions"),
+    )
+    model: Optional[str] = option(
+        None, "Name under which the servers must serve the teacher; null: the only one that they report."
+    )
+    concurrency: int = option(
+        64,
+        "Requests in flight over all servers. Too few leave them idle; too many wait there beyond timeout_s.",
+        min=1,
+        max=4096,
+    )
+    timeout_s: float = option(
+        600.0,
+        "Seconds that one request may take, its wait in the server's queue included. Too short: answers that were about to come are asked for again.",
+        above=0,
+    )
+    max_retries: int = option(
+        8,
+        "Further tries after a lost connection, a timeout, status 429 or 5xx; then exit status 75. 8 last three minutes at the default delay; 0 gives up at the first hiccup.",
+        min=0,
+    )
+    retry_base_delay_s: float = option(
+        1.0,
+        "Seconds before the first retry, doubled each time up to 60, and half to one and a half of that at random. Near 0 floods a server that is starting.",
+        min=0,
+    )
+    api_key_env: Optional[str] = option(
+        None,
+        "Environment variable that holds the API key (its name, such as TEACHER_API_KEY, never the key); null: none.",
+    )
+
+
+@dataclass
 class ScoreConfig:
     """Teachers give log-probs of the sampled tokens."""
 
@@ -164,6 +208,7 @@ class ScoreConfig:
         above=0,
     )
     vllm: VllmOptions = option(VllmOptions, "For score.scorer=vllm.")
+    http: HttpOptions = option(HttpOptions, "For score.scorer=http.")
     python: Optional[str] = option(None, "Another environment's Python for this stage; null: this one.")
 
 
@@ -341,7 +386,7 @@ class EvalConfig:
     every_episodes: int = option(1, "Evaluate after every so many episodes, and after the last.", min=1)
     n_samples_per_prompt: int = option(1, "Sampled responses a prompt; pass@k for k up to this.", min=1)
     greedy: bool = option(True, "Also one greedy response a prompt.")
-    teacher: bool = option(True, "Also evaluate the teacher, once.")
+    teacher: bool = option(True, "Also evaluate the teacher, once. It samples here, so it needs its weights here.")
     prompts_per_shard: int = option(1024, "Prompts in one shard of an evaluation.", min=1)
     answer_pattern: Optional[str] = option(
         None,

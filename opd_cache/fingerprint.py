@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ModelError
@@ -12,10 +13,14 @@ WHOLE_FILE_BYTES = 64 << 20
 BLOCK_BYTES = 64 << 10
 BLOCKS = 256
 WEIGHTS = (".safetensors", ".bin")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
-def model_folder(config: ModelConfig) -> Path:
-    """The local folder of a model: itself, or a snapshot from the Hugging Face hub. Raises ModelError."""
+def model_folder(config: ModelConfig, with_weights: bool = True) -> Path:
+    """The local folder of a model: itself, or a snapshot from the Hugging Face hub. Raises ModelError.
+
+    Without weights, a hub model's tokenizer and configuration are enough: those of a teacher behind a server.
+    """
     folder = Path(config.model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -29,7 +34,7 @@ def model_folder(config: ModelConfig) -> Path:
             snapshot_download(
                 config.model,
                 revision=config.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if with_weights else [])],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -69,8 +74,18 @@ def _sampled_digest(path: Path) -> bytes:
 
 def num_embeddings(folder: Path) -> int:
     """How many token ids a model has an embedding for, from its configuration. Raises ModelError."""
-    config = json.loads((folder / "config.json").read_text())
-    value = config.get("text_config", config).get("vocab_size")
+    value = _text_config(folder).get("vocab_size")
     if not isinstance(value, int):
         raise ModelError(f"{folder}/config.json: names no vocab_size; expected a causal language model.")
     return value
+
+
+def context_length(folder: Path) -> int | None:
+    """How many tokens a model can see at once, from its configuration; None where that does not say."""
+    value = _text_config(folder).get("max_position_embeddings")
+    return value if isinstance(value, int) else None
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("text_config", config)

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
@@ -16,6 +17,7 @@ from opd_cache import registry
 from opd_cache.config import LossConfig, Recipe, VllmOptions, field_types
 from opd_cache.errors import ConfigError
 
+ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # NUL ends a path early; a lone surrogate is what Python makes of bytes that are no UTF-8. Neither can be stored.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -127,6 +129,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(f"{key} = {chosen!r} is unknown. Known: {', '.join(recipe.teachers)}.")
     if recipe.learn.teacher is None and len(recipe.teachers) > 1:
         raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    _check_servers(recipe)
     _check_loss(recipe.learn.loss)
     learn = recipe.learn
     # DeepSpeed's stage-3 linear layers add their bias in place to the very product that would be kept.
@@ -146,6 +149,42 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(
             f"prompts.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
         )
+
+
+def _check_servers(recipe: Recipe) -> None:
+    """Refuse a served teacher without a server, and every secret that run.json would keep. No secret is shown."""
+    for name, teacher in recipe.teachers.items():
+        for index, url in enumerate(teacher.urls or []):
+            _check_url(url, f"teachers.{name}.urls[{index}]")
+        is_served = (teacher.scorer or recipe.score.scorer) == "http"
+        if is_served and not (teacher.urls or recipe.score.http.urls):
+            raise ConfigError(
+                f"teacher {name!r} is scored over HTTP and has no server. Set score.http.urls=[http://HOST:PORT], or teachers.{name}.urls."
+            )
+    for index, url in enumerate(recipe.score.http.urls or []):
+        _check_url(url, f"score.http.urls[{index}]")
+    # Keys have small letters or dashes, names of variables by custom have not.
+    variable = recipe.score.http.api_key_env
+    if variable is not None and not ENVIRONMENT_NAME.fullmatch(variable):
+        raise ConfigError(
+            "score.http.api_key_env must be the name of an environment variable, in capitals, such as TEACHER_API_KEY; the key itself belongs into that variable."
+        )
+
+
+def _check_url(url: str, key: str) -> None:
+    if "@" in url or "?" in url or "#" in url:
+        raise ConfigError(
+            f"{key} holds a user, a password or a query, which run.json would keep. Leave it out; score.http.api_key_env names the variable of an API key."
+        )
+    try:
+        parts = urlsplit(url)
+        is_root = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        is_root = False
+    if not is_root or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"{key} = {shown(url)} is no URL of a server; expected http://HOST:PORT or https://HOST.")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ConfigError(f"{key} = {shown(url)}: give the server's root, without /v1; the paths below it are added.")
 
 
 def _check_loss(loss: LossConfig) -> None:

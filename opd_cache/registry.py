@@ -16,6 +16,7 @@ SAMPLERS = {
 SCORERS = {
     "hf": "opd_cache.score.scorers.hf:HFScorer",
     "vllm": "opd_cache.score.scorers.vllm:VllmScorer",
+    "http": "opd_cache.score.scorers.http:HTTPScorer",
 }
 LOSSES = {
     "reverse_kl_pg": "opd_cache.learn.losses:REVERSE_KL_PG",

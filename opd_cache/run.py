@@ -194,7 +194,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    folder = model_folder(config)
+    folder = model_folder(config, with_weights=False)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

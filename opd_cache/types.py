@@ -53,7 +53,7 @@ class Score:
     rollout_id: str
     ids_hash: int
     teacher_logprobs: Float32Array  # [R]
-    teacher_rank: Int32Array  # [R], 1 = the teacher's likeliest token
+    teacher_rank: Int32Array  # [R], 1 = the teacher's likeliest token, 0 = the engine does not say
     topk_ids: Int32Array  # [R, K], likeliest first
     topk_logprobs: Float32Array  # [R, K], not renormalised
     error: str | None = None  # why this row could not be scored; its arrays are then empty

@@ -21,7 +21,7 @@ prompts: {path: p.jsonl}
 KEYS = "eval, launcher, learn, num_episodes, num_workers, prompts, rollout, run_dir, score, seed, student, task, teachers, torch_threads"
 ROLLOUT_KEYS = "batch_size, max_new_tokens, n_samples_per_prompt, prompts_per_episode, prompts_per_shard, python, reward, sampler, stop_token_ids, temperature, top_k, top_p, vllm"
 LOSS_KEYS = "advantage_clamp, clip_ratio_high, clip_ratio_low, coef, discount, entropy_forward_coef, entropy_threshold, gate_high, gate_low, importance, importance_cap, jsd_beta, name, normalize_advantages, skew_alpha, teacher_only_ids, terms, topk_mass"
-TEACHER_KEYS = "attn_implementation, device, dtype, model, revision, scorer, trust_remote_code, vllm"
+TEACHER_KEYS = "attn_implementation, device, dtype, model, revision, scorer, trust_remote_code, urls, vllm"
 TEACHER_NAME = "a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."
 
 
@@ -178,6 +178,19 @@ REFUSED = [
         "prompts.chat_template_kwargs.truncation=true",
         "prompts.chat_template_kwargs.truncation is set by opd-cache itself; give only the template's own variables, such as enable_thinking.",
     ),
+    # servers
+    ("score.scorer=http", "teacher 'main' is scored over HTTP and has no server. Set score.http.urls=[http://HOST:PORT], or teachers.main.urls."),
+    ("teachers.main.scorer=http", "teacher 'main' is scored over HTTP and has no server. Set score.http.urls=[http://HOST:PORT], or teachers.main.urls."),
+    ("score.http.urls=[]", "score.http.urls = [] is empty; leave it out, or give at least one."),
+    ("score.http.api=tgi", "score.http.api = 'tgi' is unknown. Known: auto, sglang, vllm_generate, vllm_completions."),
+    ("score.http.urls=['node7:8000']", "score.http.urls[0] = 'node7:8000' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['http://']", "score.http.urls[0] = 'http://' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['http://a:port']", "score.http.urls[0] = 'http://a:port' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['http://a:99999']", "score.http.urls[0] = 'http://a:99999' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['ftp://a']", "score.http.urls[0] = 'ftp://a' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['http://a b']", "score.http.urls[0] = 'http://a b' is no URL of a server; expected http://HOST:PORT or https://HOST."),
+    ("score.http.urls=['http://a:8000/v1/']", "score.http.urls[0] = 'http://a:8000/v1/': give the server's root, without /v1; the paths below it are added."),
+    ("score.http.concurrency=0", "score.http.concurrency = 0 is too small; it must be at least 1."),
     # no key=value
     ("=3", "'=3' is not key=value."),
     ("[=1", "'[=1' is not key=value."),
@@ -285,6 +298,33 @@ def test_selective_recomputation_under_zero_3_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'selective' gives wrong gradients under learn\.deepspeed\.zero_stage = 3"):
         load_recipe([str(folder / "a.yaml"), *settings])
     assert load_recipe([str(folder / "a.yaml"), *settings[:2]]).learn.gradient_checkpointing == "selective"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "score.http.urls=['http://me:hunter2@node7:8000']",
+        "score.http.urls=['http://a', 'https://hunter2@node7']",
+        "teachers.main.urls=['http://node7:8000/?key=hunter2']",
+        "score.http.api_key_env=sk-hunter2",
+        "score.http.api_key_env=hunter2",
+    ],
+)
+def test_secrets_in_a_recipe_are_refused_and_not_repeated(folder: Path, secret: str) -> None:
+    message = refusal("base.yaml", secret)
+    assert message.startswith(secret.partition("=")[0])
+    assert "hunter2" not in message
+    assert "the variable" in message or "an environment variable" in message
+
+
+def test_a_teachers_own_servers_are_enough(folder: Path) -> None:
+    recipe = load_recipe(
+        ["base.yaml", "score.scorer=http", "teachers.main.urls=['http://node7:8000', 'https://[::1]:8443/t/']"]
+    )
+    assert recipe.teachers["main"].urls == ["http://node7:8000", "https://[::1]:8443/t/"]
+    assert (
+        load_recipe(["base.yaml", "score.http.api_key_env=TEACHER_API_KEY"]).score.http.api_key_env == "TEACHER_API_KEY"
+    )
 
 
 def test_recipe_without_a_teacher_is_refused(folder: Path) -> None:

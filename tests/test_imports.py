@@ -19,6 +19,7 @@ HOMES = {
     "duckdb": ("store/query.py",),
     "deepspeed": ("learn/engines/",),
     "vllm": ("vllm_engine.py",),
+    "httpx": ("score/scorers/",),
     "datasets": (),
 }
 # These serve --help, config, status, query and every other module: nothing heavy, not even by way of another module.
@@ -45,7 +46,7 @@ LIGHT = (
     "prompts/",
     "store/",
 )
-HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "datasets"}
+HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets"}
 
 
 class Import(NamedTuple):

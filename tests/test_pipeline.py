@@ -171,6 +171,9 @@ class NanScorer:
 
     def __init__(self, teacher: TeacherConfig, options: ScoreConfig) -> None: ...
 
+    def fingerprint(self) -> str:
+        return "nan"
+
     def load(self) -> None: ...
 
     def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from opd_cache.errors import EngineOutputError, MismatchError
-from opd_cache.score.scores import Scorer, ScoreRequest
+from opd_cache.score.scores import TokenScores
 from opd_cache.types import Rollout, Score
 
 # A mean over fewer tokens says little.
@@ -46,15 +46,15 @@ class GapWatch:
             )
 
 
-def check_repeats(scorer: Scorer, request: ScoreRequest, found: Score, where: str) -> None:
-    """Score one row again, alone. Raises EngineOutputError where the engine does not give what it gave in company."""
-    (again,) = scorer.score([request], found.topk_ids.shape[-1])
-    largest, mean = REPEATS_TO.get(scorer.dtype, REPEATS_TO_16_BITS)
+def check_repeats(found: Score, again: TokenScores, dtype: str, where: str) -> None:
+    """Compare a row with its scores when it is scored again, alone. Raises EngineOutputError where they differ by more
+    than a dtype explains."""
+    largest, mean = REPEATS_TO.get(dtype, REPEATS_TO_16_BITS)
     finite = np.isfinite(found.teacher_logprobs) & np.isfinite(again.logprobs)
     differences = np.abs(found.teacher_logprobs - again.logprobs)[finite]
     if not finite.all() and not np.array_equal(found.teacher_logprobs[~finite], again.logprobs[~finite]):
         differences = np.append(differences, np.inf)
     if differences.size and not (differences.max() <= largest and differences.mean() <= mean):
         raise EngineOutputError(
-            f"{where}: {found.rollout_id} scored again alone differs by up to {differences.max():.3g} nats (mean {differences.mean():.3g}), more than {scorer.dtype} explains. Nothing was published; for an engine, try share_prompts=never."
+            f"{where}: {found.rollout_id} scored again alone differs by up to {differences.max():.3g} nats (mean {differences.mean():.3g}), more than {dtype} explains. Nothing was published; for an engine, try share_prompts=never."
         )

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from opd_cache.config import ScoreConfig, TeacherConfig
+from opd_cache.errors import StoreError
 from opd_cache.types import Float32Array, Int32Array
 
 UNKNOWN_RANK = 0  # where an engine does not say
@@ -39,6 +40,16 @@ class TokenScores:
     error: str | None = None
 
 
+class UnfitScoresError(StoreError):
+    """A backend answered requests with what no score can be. It knows only their keys; the stage names the rollouts."""
+
+    def __init__(self, faults: dict[int, str]) -> None:
+        super().__init__(
+            f"{len(faults)} requests got no scores; key {next(iter(faults))}: {next(iter(faults.values()))}"
+        )
+        self.faults = faults  # what was wrong, by request key
+
+
 class Scorer(Protocol):
     """A backend of the score stage. The constructor does not load the model; the first use does."""
 
@@ -48,11 +59,20 @@ class Scorer(Protocol):
 
     def __init__(self, teacher: TeacherConfig, options: ScoreConfig) -> None: ...
 
+    def fingerprint(self) -> str:
+        """Digest that tells the teacher's weights from others', without loading them; part of what a score is.
+
+        Raises TryAgainError when only a server can tell and none answers at once.
+        """
+
     def load(self) -> None:
-        """Load the teacher, unless it is."""
+        """Load the teacher, unless it is. Waits for a server that is starting; raises TryAgainError in the end."""
 
     def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
-        """One TokenScores a request, in any order, with the request's key."""
+        """One TokenScores a request, in any order, with the request's key.
+
+        Raises UnfitScoresError when the backend's answers to some are no scores.
+        """
 
 
 def no_scores(key: int, top_k: int, error: str | None = None) -> TokenScores:

@@ -85,6 +85,9 @@ class RandomScorer:
     def __init__(self, teacher: TeacherConfig, options: ScoreConfig) -> None:
         pass
 
+    def fingerprint(self) -> str:
+        return "random"
+
     def load(self) -> None:
         pass
 

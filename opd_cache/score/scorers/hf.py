@@ -19,6 +19,7 @@ from transformers import __version__ as transformers_version
 
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
+from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded, token_row_chunk
 from opd_cache.score.scores import ScoreRequest, TokenScores, no_scores
 
@@ -35,6 +36,9 @@ class HFScorer:
         self.teacher, self.options = teacher, options
         self.dtype = dtype_name(teacher)
         self._model: LanguageModel | None = None
+
+    def fingerprint(self) -> str:
+        return fingerprint_model(model_folder(self.teacher))
 
     def load(self) -> None:
         if self._model is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
+from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.models import dtype_name
 from opd_cache.score.scores import UNKNOWN_RANK, ScoreRequest, TokenScores, no_scores
 from opd_cache.vllm_engine import VERSION, VllmEngine, flat_logprobs_of, parameters, with_overrides
@@ -32,6 +33,9 @@ class VllmScorer:
         self.teacher, self.options = teacher, options
         self.dtype = dtype_name(teacher)
         self._engine: VllmEngine | None = None
+
+    def fingerprint(self) -> str:
+        return fingerprint_model(model_folder(self.teacher))
 
     def load(self) -> None:
         if self._engine is not None:
