@@ -28,6 +28,7 @@ PROMPTS = (
     Column("num_prompt_tokens", pa.int32(), "Length of prompt_ids."),
     Column("prompt_ids", list_of(pa.int32()), "Token ids, chat template applied. What the models see."),
     Column("answer", pa.string(), "Expected answer, where the source has one.", nullable=True),
+    Column("fields", pa.string(), "The source record's texts, numbers and booleans as one JSON object."),
 )
 
 VOCAB = (

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ ROWS_PER_GROUP = 4096
 CANDIDATES_PER_BATCH = 1024
 MAX_ID_CHARACTERS = 256
 MAX_NAMED_FIELDS = 20
+MAX_FIELD_CHARACTERS = 1 << 16
 PLACE = re.compile(r"\{(\w+)\}")
 # JSON can spell half of a surrogate pair, which is no character: no tokenizer and no Parquet file takes it.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -40,6 +42,7 @@ class _Candidate:
     text: str
     messages: list[dict[str, Any]] | None
     answer: str | None
+    fields: str
 
 
 def take_in_prompts(config: PromptsConfig, tokenizer: Any, num_embeddings: int, final: Path) -> None:
@@ -104,7 +107,20 @@ def _candidates(config: PromptsConfig, refuse: Any) -> Iterator[_Candidate]:
         if _is_no_text(answer):
             refuse(place, f"{config.answer_key!r} must be a text or a number", "with a bad answer")
             continue
-        yield _Candidate(place, prompt_id, text, messages, None if answer is None else str(answer))
+        yield _Candidate(place, prompt_id, text, messages, None if answer is None else str(answer), _fields_of(record))
+
+
+def _fields_of(record: dict[str, Any]) -> str:
+    """The record's scalars as JSON. What JSON or UTF-8 cannot hold stays behind, and so does a text too long to be one
+    of a prompt's facts."""
+    kept = {name: value for name, value in record.items() if not SURROGATE.search(name) and _is_plain(value)}
+    return json.dumps(kept, ensure_ascii=False)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_FIELD_CHARACTERS and not SURROGATE.search(value)
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_no_text(value: Any) -> bool:
@@ -228,6 +244,7 @@ def _batch(group: list[tuple[int, tuple[_Candidate, list[int]]]], schema: pa.Sch
         "num_prompt_tokens": [len(ids) for _, (_, ids) in group],
         "prompt_ids": [ids for _, (_, ids) in group],
         "answer": [candidate.answer for _, (candidate, _) in group],
+        "fields": [candidate.fields for _, (candidate, _) in group],
     }
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
