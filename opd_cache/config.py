@@ -43,10 +43,24 @@ class ModelConfig:
 
 
 @dataclass
+class TeacherPrompt:
+    """A prompt of the teacher's own, such as one with a worked solution. The response ids stay the student's."""
+
+    template: Optional[str] = option(
+        None,
+        "Text with {field} places, filled from the prompt's fields; {prompt} and {answer} are the student's prompt and the expected answer. null: the teacher sees the student's token ids.",
+    )
+    system_prompt: Optional[str] = option(None, "A system message put before it (chat template only).")
+    apply_chat_template: bool = option(False, "Wrap it in the teacher tokenizer's chat template.")
+    chat_template_kwargs: dict[str, Any] = option(dict, "Passed to the chat template, such as enable_thinking.")
+
+
+@dataclass
 class TeacherConfig(ModelConfig):
     """A teacher: a model that gives log-probs of the student's tokens."""
 
     scorer: Optional[str] = option(None, "Overrides score.scorer for this teacher.", table=registry.SCORERS)
+    prompt: TeacherPrompt = option(TeacherPrompt, "What it sees in place of the student's prompt.")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from opd_cache import registry
-from opd_cache.config import LossConfig, Recipe, field_types
+from opd_cache.config import LossConfig, Recipe, TeacherPrompt, field_types
 from opd_cache.errors import ConfigError
 
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -137,10 +137,29 @@ def check_recipe(recipe: Recipe) -> None:
             re.compile(pattern or "")
         except re.error as error:
             raise ConfigError(f"{key} = {shown(pattern)} is not a regular expression: {error}.") from error
-    if reserved := sorted(set(recipe.prompts.chat_template_kwargs) & set(CHAT_TEMPLATE_ARGUMENTS)):
+    _check_chat_template_kwargs(recipe.prompts.chat_template_kwargs, "prompts")
+    for name, teacher in recipe.teachers.items():
+        _check_teacher_prompt(teacher.prompt, f"teachers.{name}.prompt")
+
+
+def _check_chat_template_kwargs(kwargs: dict[str, Any], section: str) -> None:
+    if reserved := sorted(set(kwargs) & set(CHAT_TEMPLATE_ARGUMENTS)):
         raise ConfigError(
-            f"prompts.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
+            f"{section}.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
         )
+
+
+def _check_teacher_prompt(prompt: TeacherPrompt, section: str) -> None:
+    """Refuse settings that would have no effect."""
+    _check_chat_template_kwargs(prompt.chat_template_kwargs, section)
+    if prompt.template is None and prompt != TeacherPrompt():
+        key = next(key for key, value in dataclasses.asdict(TeacherPrompt()).items() if getattr(prompt, key) != value)
+        raise ConfigError(
+            f"{section}.{key} is set, but not {section}.template: the teacher sees the student's ids. Give a template, such as '{{prompt}}'."
+        )
+    if not prompt.apply_chat_template and (prompt.system_prompt is not None or prompt.chat_template_kwargs):
+        key = "chat_template_kwargs" if prompt.system_prompt is None else "system_prompt"
+        raise ConfigError(f"{section}.{key} needs {section}.apply_chat_template=true.")
 
 
 def _check_loss(loss: LossConfig) -> None:

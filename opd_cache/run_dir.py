@@ -2,6 +2,7 @@
 
 RUN/
   run.json  prompts.parquet  eval_prompts.parquet  vocab.parquet
+  teacher_prompts/teacher=main.parquet    eval_teacher_prompts/    only of teachers with a prompt of their own
   replay.json  recipe.yaml       only in a replay of another run
   episode=3/            unpadded, so that `where episode = 3` matches the hive partition
     plan.json           rollouts/   scores/teacher=main/   learn/   policy/
@@ -34,6 +35,7 @@ class RolloutSet:
     path: Path
     label: str  # for people: "episode 3"
     log_name: str  # folder under logs/STAGE
+    prompts: Path  # the file whose rows are the plan's prompts
 
     @property
     def plan(self) -> Path:
@@ -45,6 +47,11 @@ class RolloutSet:
 
     def scores(self, teacher: str) -> Path:
         return self.path / "scores" / f"teacher={teacher}"
+
+    def teacher_prompts(self, teacher: str) -> Path:
+        """The same prompts as this teacher sees them, where it has a prompt of its own."""
+        folder = self.prompts.with_name(self.prompts.stem.replace("prompts", "teacher_prompts"))
+        return folder / f"teacher={teacher}.parquet"
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class RunDir:
 
     def episode(self, episode: int) -> RolloutSet:
         name = f"episode={episode}"
-        return RolloutSet(self.path / name, f"episode {episode}", name)
+        return RolloutSet(self.path / name, f"episode {episode}", name, self.prompts)
 
     def learn(self, episode: int) -> Path:
         return self.path / f"episode={episode}" / "learn"
@@ -92,7 +99,8 @@ class RunDir:
         return self.path / "evals" / subject
 
     def evaluation_set(self, subject: str, mode: str) -> RolloutSet:
-        return RolloutSet(self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}", f"eval-{subject}-{mode}")
+        path, label = self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}"
+        return RolloutSet(path, label, f"eval-{subject}-{mode}", self.eval_prompts)
 
     @property
     def replay_json(self) -> Path:

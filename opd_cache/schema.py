@@ -31,6 +31,13 @@ PROMPTS = (
     Column("fields", pa.string(), "The source record's texts, numbers and booleans as one JSON object."),
 )
 
+TEACHER_PROMPTS = (
+    Column("prompt_index", pa.int32(), "Row of prompts.parquet."),
+    Column("text", pa.string(), "teachers.NAME.prompt.template, filled."),
+    Column("num_prompt_tokens", pa.int32(), "Length of prompt_ids."),
+    Column("prompt_ids", list_of(pa.int32()), "What the teacher sees in place of the student's prompt_ids."),
+)
+
 VOCAB = (
     Column("token_id", pa.int32(), "Id in the student's tokenizer."),
     Column("token", pa.string(), "The tokenizer's own name of the token."),
@@ -119,7 +126,15 @@ EVALS = (
     Column("reverse_kl_sum", pa.float64(), "Sum of student − teacher log-prob; null where not scored.", nullable=True),
 )
 
-TABLES = {"prompts": PROMPTS, "vocab": VOCAB, "rollouts": ROLLOUTS, "scores": SCORES, "steps": STEPS, "evals": EVALS}
+TABLES = {
+    "prompts": PROMPTS,
+    "teacher_prompts": TEACHER_PROMPTS,
+    "vocab": VOCAB,
+    "rollouts": ROLLOUTS,
+    "scores": SCORES,
+    "steps": STEPS,
+    "evals": EVALS,
+}
 
 
 def arrow_schema(columns: tuple[Column, ...], optional: frozenset[str] = frozenset()) -> pa.Schema:

@@ -1,16 +1,20 @@
 """The score stage: for every missing shard, give each rollout its teacher's log-probs and publish them beside it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 
 import pyarrow as pa
 
 from opd_cache import registry
+from opd_cache.config import TeacherConfig
 from opd_cache.errors import MissingInputError, StoreError
-from opd_cache.fingerprint import fingerprint_model, model_folder
+from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.logs import StageProgress
-from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
+from opd_cache.prompts.intake import read_prompt_ids
+from opd_cache.prompts.teacher_prompts import check_teacher_prompts, publish_teacher_prompts
+from opd_cache.run import Run, check_same_vocabulary, eos_ids, load_tokenizer, read_vocabulary
 from opd_cache.run_dir import RolloutSet
 from opd_cache.score.scores import Scorer, ScoreRequest
 from opd_cache.stage import EVERYTHING, Share, make_shards
@@ -23,9 +27,10 @@ from opd_cache.store.plans import (
     score_shards,
     stage_command,
 )
+from opd_cache.store.publish import digest_file
 from opd_cache.store.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_TOPK, group_sizes, score_batch
 from opd_cache.store.shards import ShardSet
-from opd_cache.types import Rollout, Score
+from opd_cache.types import Int32Array, Rollout, Score
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +67,16 @@ def score_rollouts(
     rollouts = rollout_shards(target, plan)
     config = run.recipe.teachers[teacher]
     folder = model_folder(config)
+    seal = rollouts.open_seal()
+    prompts = _own_prompts(run, target, plan, teacher, config)
     facts = {
         "teacher": teacher,
         "teacher_fingerprint": fingerprint_model(folder),
         "scorer": config.scorer or run.recipe.score.scorer,
         "dtype": scorer.dtype,
         "top_k": top_k,
-        "rollouts": rollouts.open_seal(),
+        "rollouts": seal,
+        "teacher_prompts": None if prompts is None else digest_file(prompts),
     }
     publish_score_plan(target, plan, facts)
     scores = score_shards(target, plan, teacher)
@@ -78,7 +86,8 @@ def score_rollouts(
         scorer.load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
-        return _score_shard(plan, rollouts, scores, shard, scorer, top_k, progress)
+        own_ids = {} if prompts is None else read_prompt_ids(prompts, plan.shard_prompts(shard))
+        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, top_k, progress)
 
     return make_shards(
         "score",
@@ -90,6 +99,19 @@ def score_rollouts(
         make,
         {"engine": scorer.engine, "dtype": scorer.dtype, "teacher": teacher},
     )
+
+
+def _own_prompts(run: Run, target: RolloutSet, plan: RolloutPlan, teacher: str, config: TeacherConfig) -> Path | None:
+    """The prompts as the teacher sees them, made on first use; None where it sees the student's ids."""
+    if config.prompt.template is None:
+        return None
+    final = target.teacher_prompts(teacher)
+    if not final.exists():
+        check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
+        tokenizer, embeddings = load_tokenizer(config), num_embeddings(model_folder(config))
+        publish_teacher_prompts(teacher, config.prompt, tokenizer, embeddings, target.prompts, plan.prompts, final)
+    check_teacher_prompts(teacher, config.prompt, plan.prompts, final)
+    return final
 
 
 def _warn_of_other_eos(run: Run, plan: RolloutPlan, teacher: str) -> None:
@@ -108,15 +130,19 @@ def _score_shard(
     rollouts: ShardSet,
     scores: ShardSet,
     shard: int,
+    own_ids: Mapping[int, Int32Array],
     scorer: Scorer,
     top_k: int,
     progress: StageProgress,
 ) -> Iterator[pa.RecordBatch]:
-    """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts."""
+    """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts.
+
+    own_ids: the teacher's own prompts by prompt_index; empty where it sees the student's.
+    """
     limit = ROWS_PER_GROUP_TOPK if top_k else ROWS_PER_GROUP
     reader = read_rollouts(rollouts, shard)
     for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
-        scored = _score_window(list(islice(reader, window)), window, scorer, top_k, progress)
+        scored = _score_window(list(islice(reader, window)), window, own_ids, scorer, top_k, progress)
         start = 0
         for size in group_sizes(window, plan.n_samples_per_prompt, limit):
             yield score_batch(scored[start : start + size], scores.schema)
@@ -124,9 +150,17 @@ def _score_shard(
 
 
 def _score_window(
-    rows: list[Rollout], expected: int, scorer: Scorer, top_k: int, progress: StageProgress
+    rows: list[Rollout],
+    expected: int,
+    own_ids: Mapping[int, Int32Array],
+    scorer: Scorer,
+    top_k: int,
+    progress: StageProgress,
 ) -> list[Score]:
-    requests = [ScoreRequest(key, row.prompt_ids, row.response_ids, row.prompt_index) for key, row in enumerate(rows)]
+    requests = [
+        ScoreRequest(key, own_ids.get(row.prompt_index, row.prompt_ids), row.response_ids, row.prompt_index)
+        for key, row in enumerate(rows)
+    ]
     found: dict[int, Score] = {}
     for scores in scorer.score(requests, top_k):
         row = rows[scores.key]

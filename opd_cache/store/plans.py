@@ -9,6 +9,9 @@ from opd_cache.store.publish import digest_file, publish_json, read_json
 from opd_cache.store.rows import rollouts_schema, scores_schema
 from opd_cache.store.shards import ShardSet
 
+# In a scoring plan only where they say something: sha256 of the teacher's own prompts.
+OPTIONAL_SCORE_FACTS = ("teacher_prompts",)
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -123,13 +126,15 @@ def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str) -> ShardSe
 
 
 def _score_facts(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: content[key] for key in ("teacher", "teacher_fingerprint", "scorer", "dtype", "top_k", "rollouts")}
+    facts = {key: content[key] for key in ("teacher", "teacher_fingerprint", "scorer", "dtype", "top_k", "rollouts")}
+    return {**facts, **{key: content[key] for key in OPTIONAL_SCORE_FACTS if content.get(key) is not None}}
 
 
 def publish_score_plan(target: RolloutSet, plan: RolloutPlan, facts: dict[str, Any]) -> None:
     """Publish what a teacher is asked for, or confirm that it was asked for the same before.
 
-    `facts`: teacher, teacher_fingerprint, scorer, dtype, top_k, and rollouts (digest of the rollouts' seal).
+    `facts`: teacher, teacher_fingerprint, scorer, dtype, top_k, rollouts (digest of the rollouts' seal), and those of
+    OPTIONAL_SCORE_FACTS that are not None.
     """
     folder = target.scores(facts["teacher"])
     content = {"schema_version": SCHEMA_VERSION, "run_id": plan.run_id, "scope": plan.scope, **_score_facts(facts)}
