@@ -34,6 +34,7 @@ from opd_cache.store.publish import (
 EPISODES = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 # Settings that may differ from one start of a replay to the next: they change memory, speed and safety.
 FREE_KEYS = ("torch_threads", *(f"learn.{name}" for name in NOT_IN_THE_PLAN if name != "teacher"))
+CHOOSES_TEACHERS = ("learn.teacher", "learn.routes")  # as overrides begin
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,21 @@ def _recipe(source: RunDir, identity: dict[str, Any], into: Path, overrides: Seq
             raise ConfigError(
                 f"{key}: a replay changes only learn.* and torch_threads; all else is as in {source.path}. ({override})"
             )
-    return stored_recipe({**identity["recipe"], "run_dir": str(into)}, overrides, str(source.run_json))
+    content = {**identity["recipe"], "run_dir": str(into)}
+    if any(override.startswith(CHOOSES_TEACHERS) for override in overrides):
+        content["teachers"] = {**content["teachers"], **_added_teachers(source, content["teachers"])}
+    return stored_recipe(content, overrides, str(source.run_json))
+
+
+def _added_teachers(source: RunDir, named: dict[str, Any]) -> dict[str, Any]:
+    """Teachers that scored after the run was made. run.json does not say where their models lie; learning needs none."""
+    added = {}
+    for target in map(source.episode, source.episodes()):
+        for name in asked_teachers(target):
+            if name not in named:
+                fingerprint = read_json(target.scores(name) / PLAN)["teacher_fingerprint"]
+                added[name] = {"model": f"fingerprint:{fingerprint}"}
+    return added
 
 
 def _parse_episodes(text: str) -> list[int]:
