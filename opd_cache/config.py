@@ -59,8 +59,19 @@ class TeacherPrompt:
 class TeacherConfig(ModelConfig):
     """A teacher: a model that gives log-probs of the student's tokens."""
 
+    model: str = option(
+        MISSING,
+        "Folder or Hugging Face name of a causal language model; or a policy of this run, loaded like the student: policy:current is the one that sampled the episode, policy:0 the initial student.",
+    )
+
     scorer: Optional[str] = option(None, "Overrides score.scorer for this teacher.", table=registry.SCORERS)
     prompt: TeacherPrompt = option(TeacherPrompt, "What it sees in place of the student's prompt.")
+
+    @property
+    def policy(self) -> str | None:
+        """`current` or a version, where the teacher is a policy of the run; else None."""
+        kind, _, version = self.model.partition(":")
+        return version if kind == "policy" else None
 
 
 @dataclass

@@ -13,9 +13,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from opd_cache import registry
-from opd_cache.config import LossConfig, Recipe, TeacherPrompt, field_types
+from opd_cache.config import LossConfig, ModelConfig, Recipe, TeacherConfig, TeacherPrompt, field_types
 from opd_cache.errors import ConfigError
 
+POLICY = re.compile(r"current|0|[1-9][0-9]{0,5}", re.ASCII)
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # NUL ends a path early; a lone surrogate is what Python makes of bytes that are no UTF-8. Neither can be stored.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -139,6 +140,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(f"{key} = {shown(pattern)} is not a regular expression: {error}.") from error
     _check_chat_template_kwargs(recipe.prompts.chat_template_kwargs, "prompts")
     for name, teacher in recipe.teachers.items():
+        _check_policy_teacher(teacher, f"teachers.{name}")
         _check_teacher_prompt(teacher.prompt, f"teachers.{name}.prompt")
 
 
@@ -147,6 +149,20 @@ def _check_chat_template_kwargs(kwargs: dict[str, Any], section: str) -> None:
         raise ConfigError(
             f"{section}.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
         )
+
+
+def _check_policy_teacher(teacher: TeacherConfig, section: str) -> None:
+    if teacher.policy is None:
+        return
+    if not POLICY.fullmatch(teacher.policy):
+        raise ConfigError(
+            f"{section}.model = {shown(teacher.model)}: expected policy:current, the policy that sampled the episode, or a version such as policy:0."
+        )
+    for f in dataclasses.fields(ModelConfig):
+        if f.name != "model" and (value := getattr(teacher, f.name)) != f.default:
+            raise ConfigError(
+                f"{section}.{f.name} = {shown(value)} has no effect: a policy of the run is loaded like the student. Leave it out."
+            )
 
 
 def _check_teacher_prompt(prompt: TeacherPrompt, section: str) -> None:

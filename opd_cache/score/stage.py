@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from opd_cache import registry
 from opd_cache.config import TeacherConfig
-from opd_cache.errors import MissingInputError, StoreError
+from opd_cache.errors import MismatchError, MissingInputError, StoreError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.logs import StageProgress
 from opd_cache.prompts.intake import read_prompt_ids
@@ -35,9 +35,8 @@ from opd_cache.types import Int32Array, Rollout, Score
 log = logging.getLogger(__name__)
 
 
-def new_scorer(run: Run, teacher: str) -> Scorer:
-    """The scorer of one of the recipe's teachers, without a model yet."""
-    config = run.recipe.teachers[teacher]
+def new_scorer(run: Run, config: TeacherConfig) -> Scorer:
+    """The scorer of a teacher, as `Run.teacher_config` gives it, without a model yet."""
     name = config.scorer or run.recipe.score.scorer
     return registry.load(registry.SCORERS, name, "score.scorer")(config, run.recipe.score)
 
@@ -65,13 +64,17 @@ def score_rollouts(
         raise MissingInputError(f"{target.path}: no rollouts yet. Run: {stage_command('rollout', target)}")
     plan = load_rollout_plan(target)
     rollouts = rollout_shards(target, plan)
-    config = run.recipe.teachers[teacher]
-    folder = model_folder(config)
     seal = rollouts.open_seal()
+    config = run.teacher_config(teacher, plan.policy_version)
+    fingerprint = fingerprint_model(model_folder(config))
+    if run.recipe.teachers[teacher].policy == "current" and fingerprint != plan.policy:
+        raise MismatchError(
+            f"{target.plan}: sampled by policy {plan.policy[:12]}, but policy version {plan.policy_version} of this run is {fingerprint[:12]}; teachers.{teacher}.model = 'policy:current' means the one that sampled. Name a model folder instead."
+        )
     prompts = _own_prompts(run, target, plan, teacher, config)
     facts = {
         "teacher": teacher,
-        "teacher_fingerprint": fingerprint_model(folder),
+        "teacher_fingerprint": fingerprint,
         "scorer": config.scorer or run.recipe.score.scorer,
         "dtype": scorer.dtype,
         "top_k": top_k,
@@ -82,7 +85,7 @@ def score_rollouts(
     scores = score_shards(target, plan, teacher)
     if share.of(scores.missing()):
         check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
-        _warn_of_other_eos(run, plan, teacher)
+        _warn_of_other_eos(plan, teacher, config)
         scorer.load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
@@ -114,8 +117,8 @@ def _own_prompts(run: Run, target: RolloutSet, plan: RolloutPlan, teacher: str, 
     return final
 
 
-def _warn_of_other_eos(run: Run, plan: RolloutPlan, teacher: str) -> None:
-    theirs = eos_ids(model_folder(run.recipe.teachers[teacher]))
+def _warn_of_other_eos(plan: RolloutPlan, teacher: str, config: TeacherConfig) -> None:
+    theirs = eos_ids(model_folder(config))
     if theirs and not set(theirs) & set(plan.sampling.stop_token_ids):
         log.warning(
             "score   teacher %s ends its responses with token %s, the student with %s: the teacher will find the student's EOS unlikely. Set rollout.stop_token_ids where they mean the same.",
