@@ -250,6 +250,23 @@ class LearnConfig:
     deepspeed: DeepSpeedOptions = option(DeepSpeedOptions, "For learn.engine=deepspeed.")
     lora: LoraOptions = option(LoraOptions, "Low-rank adapters.")
     teacher: Optional[str] = option(None, "Whose scores; null: the only teacher.")
+    teachers: Optional[dict[str, float]] = option(
+        None, "Instead of one: a mixture of several by weight, such as {a: 2, b: 1}; weights are normalised.", above=0
+    )
+    mixing: str = option(
+        "probability",
+        "teachers: what is mixed, token by token. probability: log of the weighted mean of the probabilities; log: weighted mean of the log-probs, a product of experts that is not normalised.",
+        choices=("probability", "log"),
+    )
+    routes: Optional[dict[str, str]] = option(
+        None,
+        "Instead of one: each prompt's own teacher by the value of route_by, such as {math: a, '*': b}; * is any other.",
+    )
+    route_by: Optional[str] = option(None, "routes: the field of the prompt's source record that is looked up.")
+    drop_where: Optional[str] = option(
+        None,
+        "Rows without loss: an SQL condition over the columns of r (rollouts), s (scores of the teachers learned from; any of them) and p (prompts), such as list_avg(s.teacher_logprobs) < -4.",
+    )
     loss: LossConfig = option(LossConfig, "The loss.")
     kl_coef: float = option(0.0, "Weight of the KL penalty to the reference policy.", min=0)
     reference: Optional[str] = option(None, "The reference policy, folder or name; null: the initial student.")
@@ -359,9 +376,12 @@ class Recipe:
     learn: LearnConfig = option(LearnConfig, "The learn stage.")
     eval: EvalConfig = option(EvalConfig, "Evaluation.")
 
-    def learning_teacher(self) -> str:
+    def learning_teachers(self) -> list[str]:
         """Whose scores the student learns from."""
-        return self.learn.teacher or next(iter(self.teachers))
+        learn = self.learn
+        if learn.routes:
+            return list(dict.fromkeys(learn.routes.values()))
+        return list(learn.teachers or [learn.teacher or next(iter(self.teachers))])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in run.json."""
@@ -380,7 +400,7 @@ def describe_keys(config_type: type = Recipe, prefix: str = "") -> list[tuple[st
     hints = field_types(config_type)
     for f in dataclasses.fields(config_type):
         kind, key = hints[f.name], f"{prefix}{f.name}"
-        if f.name == "teachers":
+        if key == "teachers":
             rows += describe_keys(TeacherConfig, f"{key}.NAME.")
         elif dataclasses.is_dataclass(kind):
             rows += describe_keys(typing.cast(type, kind), f"{key}.")

@@ -90,8 +90,9 @@ class InlineStages:
         from opd_cache.evals.stage import evaluate_policy, evaluate_teacher
         from opd_cache.rollout.stage import new_sampler
 
-        teacher = self.run.recipe.learning_teacher()
-        # A policy of the run is evaluated under its own version.
-        if self.run.recipe.eval.teacher and self.run.recipe.teachers[teacher].policy is None:
-            evaluate_teacher(self.run, teacher, new_sampler(self.run, self.run.recipe.teachers[teacher]))
-        evaluate_policy(self.run, version, self.sampler, teacher, self.scorer(teacher, version))
+        teachers = self.run.recipe.learning_teachers()
+        for name in teachers if self.run.recipe.eval.teacher else ():
+            # A policy of the run is evaluated under its own version.
+            if (config := self.run.recipe.teachers[name]).policy is None:
+                evaluate_teacher(self.run, name, new_sampler(self.run, config))
+        evaluate_policy(self.run, version, self.sampler, {name: self.scorer(name, version) for name in teachers})

@@ -118,11 +118,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(
                 f"teachers.{_shown_key(name)}: a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."
             )
-    for key, chosen in (("score.teacher", recipe.score.teacher), ("learn.teacher", recipe.learn.teacher)):
-        if chosen is not None and chosen not in recipe.teachers:
-            raise ConfigError(f"{key} = {chosen!r} is unknown. Known: {', '.join(recipe.teachers)}.")
-    if recipe.learn.teacher is None and len(recipe.teachers) > 1:
-        raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    _check_known_teacher(recipe, "score.teacher", recipe.score.teacher)
+    _check_learning_teachers(recipe)
     _check_loss(recipe.learn.loss)
     learn = recipe.learn
     # DeepSpeed's stage-3 linear layers add their bias in place to the very product that would be kept.
@@ -176,6 +173,32 @@ def _check_teacher_prompt(prompt: TeacherPrompt, section: str) -> None:
     if not prompt.apply_chat_template and (prompt.system_prompt is not None or prompt.chat_template_kwargs):
         key = "chat_template_kwargs" if prompt.system_prompt is None else "system_prompt"
         raise ConfigError(f"{section}.{key} needs {section}.apply_chat_template=true.")
+
+
+def _check_known_teacher(recipe: Recipe, key: str, name: str | None) -> None:
+    if name is not None and name not in recipe.teachers:
+        raise ConfigError(f"{key} = {shown(name)} is unknown. Known: {', '.join(recipe.teachers)}.")
+
+
+def _check_learning_teachers(recipe: Recipe) -> None:
+    """Refuse a recipe that says in no way, or in two ways, whom the student learns from."""
+    learn = recipe.learn
+    _check_known_teacher(recipe, "learn.teacher", learn.teacher)
+    for name in learn.teachers or {}:
+        _check_known_teacher(recipe, "learn.teachers", name)
+    for value, name in (learn.routes or {}).items():
+        _check_known_teacher(recipe, f"learn.routes.{_shown_key(value)}", name)
+    for key in ("teachers", "routes"):
+        if getattr(learn, key) == {}:
+            raise ConfigError(f"learn.{key} = {{}} is empty; leave it out, or name a teacher.")
+    ways = [f"learn.{key}" for key in ("teacher", "teachers", "routes") if getattr(learn, key) is not None]
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(ways)} are both set; keep the one that is meant, and set {ways[0]}=null.")
+    if not ways and len(recipe.teachers) > 1:
+        raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    if (learn.routes is None) != (learn.route_by is None):
+        given, lacking = ("routes", "route_by") if learn.route_by is None else ("route_by", "routes")
+        raise ConfigError(f"learn.{given} needs learn.{lacking}: a field of the prompts, and a teacher for its values.")
 
 
 def _check_loss(loss: LossConfig) -> None:

@@ -99,6 +99,7 @@ STEPS = (
     Column("response_length", pa.float64(), "Mean response tokens of the batch's rollouts."),
     Column("truncated_share", pa.float64(), "Share of rollouts with finish_reason = length."),
     Column("error_share", pa.float64(), "Share of rollouts that the teacher could not score."),
+    Column("dropped_share", pa.float64(), "Share of rollouts that learn.drop_where left out."),
     Column("grad_norm", pa.float64(), "Global gradient norm before clipping."),
     Column("learning_rate", pa.float64(), "As used in this step."),
     Column("rollouts", pa.int32(), "Rollouts in the step."),

@@ -22,14 +22,13 @@ def run_status(path: Path) -> dict[str, Any]:
         if subject.startswith("teacher=")
     }
     episodes = [_episode(run, episode) for episode in run.episodes()]
-    learned = recipe["learn"]["teacher"] or next(iter(recipe["teachers"]))
     return {
         "run_dir": str(path),
         "run_id": identity["run_id"],
         "num_episodes": recipe["num_episodes"],
         "episodes_done": sum(entry["learn"]["done"] for entry in episodes),
         "baseline": evaluation_summary(run, "policy=0"),
-        "teacher": teachers.get(learned),
+        "teacher": teachers.get(_learning_teacher(recipe)),
         "teachers": teachers,
         "episodes": episodes,
         "seconds": {stage: round(sum(note["seconds"] for note in _notes(run, stage)), 2) for stage in STAGES},
@@ -39,6 +38,13 @@ def run_status(path: Path) -> dict[str, Any]:
         },
         "response_tokens": sum(entry["rollouts"]["tokens"] for entry in episodes),
     }
+
+
+def _learning_teacher(recipe: dict[str, Any]) -> str:
+    """The first of those that the student learns from."""
+    learn = recipe["learn"]
+    routed = (learn.get("routes") or {}).values()
+    return next(iter([*routed, *(learn.get("teachers") or {}), learn["teacher"] or next(iter(recipe["teachers"]))]))
 
 
 def read_identity(run: RunDir) -> dict[str, Any]:

@@ -49,11 +49,12 @@ def global_batches(rows: Iterable[Joined], sizes: Iterable[int]) -> Iterator[lis
 
 
 def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]:
-    """The rows that carry loss: scored, not empty and, where asked for, not truncated."""
+    """The rows that carry loss: scored, not dropped, not empty and, where asked for, not truncated."""
     return [
         (rollout, score)
         for rollout, score in batch
         if score.error is None
+        and not score.is_dropped
         and len(rollout.response_ids) > 0
         and not (mask_truncated and rollout.finish_reason == "length")
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from opd_cache.config import PromptsConfig
 from opd_cache.errors import MismatchError, PromptError
@@ -240,6 +241,24 @@ def read_prompts(path: Path, indices: Iterable[int]) -> dict[int, Prompt]:
 def read_prompt_ids(path: Path, indices: Iterable[int]) -> dict[int, Int32Array]:
     """Their token ids alone, of a file of prompts or of a teacher's prompts."""
     return {index: ids for index, (ids,) in _rows_at(path, indices, ["prompt_ids"]).items()}
+
+
+def read_fields(path: Path, indices: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+    """(prompt_id, fields of the source record) by index. Raises MismatchError where the prompts came without fields."""
+    require_fields(path)
+    rows = _rows_at(path, indices, ["prompt_id", "fields"])
+    return {index: (prompt_id, json.loads(fields)) for index, (prompt_id, fields) in rows.items()}
+
+
+def read_prompt_table(path: Path, indices: Iterable[int]) -> pa.Table:
+    """The asked-for rows with all their columns, one row group in memory at a time."""
+    wanted = pa.array(sorted(set(indices)), pa.int32())
+    with open_parquet(path) as file:
+        tables = [file.schema_arrow.empty_table()]
+        for group in sorted({index // ROWS_PER_GROUP for index in wanted.to_pylist()}):
+            table = read_row_group(file, path, group)
+            tables.append(table.filter(pc.is_in(table["prompt_index"], wanted)))
+    return pa.concat_tables(tables)
 
 
 def _rows_at(path: Path, indices: Iterable[int], columns: list[str]) -> dict[int, tuple[Any, ...]]:

@@ -20,34 +20,47 @@ def join_stages(rollouts: ShardSet, scores: ShardSet, start_row: int = 0) -> Ite
     Memory: one row group of each side. Raises AlignmentError where a score belongs to another rollout,
     CorruptShardError on damage or impossible values.
     """
+    for shard, skip in shards_from(rollouts, start_row):
+        yield from join_shard(rollouts, scores, shard, skip)
+
+
+def shards_from(rollouts: ShardSet, start_row: int) -> Iterator[tuple[int, int]]:
+    """(shard, its first row that is wanted) of all shards with rows from row `start_row` of the whole stage on."""
     skip = start_row
     for shard in range(rollouts.num_shards):
         with rollouts.open(shard) as left:
             num_rows = left.metadata.num_rows
-        if skip >= num_rows:
-            skip -= num_rows
-            continue
-        yield from join_shard(rollouts, scores, shard, skip)
-        skip = 0
+        if skip < num_rows:
+            yield shard, skip
+        skip = max(0, skip - num_rows)
 
 
 def join_shard(rollouts: ShardSet, scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Joined]:
     """The joined rows of one shard, from `start_row` on."""
-    right = read_scores(scores, shard, start_row)
+    return ((rollout, row[0]) for rollout, row in join_teachers(rollouts, [scores], shard, start_row))
+
+
+def join_teachers(
+    rollouts: ShardSet, teachers: Sequence[ShardSet], shard: int, start_row: int = 0
+) -> Iterator[tuple[Rollout, list[Score]]]:
+    """The same with the scores of several teachers, in their order. Memory: one row group of each."""
+    rights = [read_scores(scores, shard, start_row) for scores in teachers]
     count = start_row
     for rollout, ids_hash in _hashed_rollouts(rollouts, shard, start_row):
-        score = next(right, None)
-        if score is None:
-            raise AlignmentError(
-                f"{scores.path(shard)}: ends before row {count}, {rollout.rollout_id}. {_delete_and_run(scores)}"
-            )
-        _check_pair(rollout, ids_hash, score, scores, shard, count)
-        yield rollout, score
-        count += 1
-    if next(right, None) is not None:
-        raise AlignmentError(
-            f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
+        row = [next(right, None) for right in rights]
+        yield (
+            rollout,
+            [
+                _checked(rollout, ids_hash, score, scores, shard, count)
+                for score, scores in zip(row, teachers, strict=True)
+            ],
         )
+        count += 1
+    for right, scores in zip(rights, teachers, strict=True):
+        if next(right, None) is not None:
+            raise AlignmentError(
+                f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
+            )
 
 
 def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterator[Rollout]:
@@ -167,7 +180,12 @@ def _logprob_fault(values: np.ndarray, name: str) -> str | None:
     return None
 
 
-def _check_pair(rollout: Rollout, ids_hash: int, score: Score, scores: ShardSet, shard: int, row: int) -> None:
+def _checked(rollout: Rollout, ids_hash: int, score: Score | None, scores: ShardSet, shard: int, row: int) -> Score:
+    """The score, which is this rollout's. Raises AlignmentError."""
+    if score is None:
+        raise AlignmentError(
+            f"{scores.path(shard)}: ends before row {row}, {rollout.rollout_id}. {_delete_and_run(scores)}"
+        )
     if score.rollout_id != rollout.rollout_id or score.ids_hash != ids_hash:
         found = score.rollout_id if score.rollout_id != rollout.rollout_id else "other token ids"
         raise AlignmentError(
@@ -175,3 +193,4 @@ def _check_pair(rollout: Rollout, ids_hash: int, score: Score, scores: ShardSet,
         )
     if fault := _length_fault(rollout, score, scores.about["top_k"]):
         raise AlignmentError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
+    return score
