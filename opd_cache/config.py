@@ -140,6 +140,11 @@ class ScoreConfig:
         min=0,
         max=1024,
     )
+    horizon: Optional[int] = option(
+        None,
+        "Score only the first so many tokens of a response; the others carry no loss. null: all. A larger one later scores only the rest.",
+        min=1,
+    )
     max_tokens_per_batch: int = option(
         8192, "Padded tokens in one forward pass of the hf scorer. Bounds memory.", min=1
     )

@@ -21,7 +21,7 @@ from opd_cache.recipes import recipe_yaml, stored_recipe
 from opd_cache.run import IDENTITY, Run, check_same_run, open_run
 from opd_cache.run_dir import COMPLETE, PLAN, SEAL, RolloutSet, RunDir
 from opd_cache.status import asked_teachers, read_identity
-from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
+from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
 from opd_cache.store.publish import (
     TEMPORARY_SUFFIX,
     publish_file,
@@ -199,11 +199,10 @@ def _bound(overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _check_cache(replay: Replay, episode: int) -> RolloutPlan:
     """The plan of an episode whose rollouts and scores are sealed, whole and of each other."""
-    from opd_cache.learn.inputs import open_scores
+    from opd_cache.learn.inputs import check_asked_for, open_scores
 
     target = replay.source.episode(episode)
-    if not target.plan.exists():
-        raise MissingInputError(f"{target.plan}: not there. Run: {stage_command('rollout', target)}")
+    check_asked_for(target, replay.recipe.learning_teachers())
     plan = load_rollout_plan(target)
     seal = rollout_shards(target, plan).open_seal()
     for name in _teachers(target, plan, replay.recipe.learning_teachers()):
@@ -214,7 +213,7 @@ def _check_cache(replay: Replay, episode: int) -> RolloutPlan:
 def _teachers(target: RolloutSet, plan: RolloutPlan, needed: Sequence[str]) -> list[str]:
     """The teachers that are learned from, and all others whose scores are sealed."""
     others = (name for name in asked_teachers(target) if name not in needed)
-    return [*needed, *(name for name in others if score_shards(target, plan, name).is_sealed())]
+    return [*needed, *(name for name in others if all(part.is_sealed() for part in score_parts(target, plan, name)))]
 
 
 def _check_settings(replay: Replay, plans: dict[int, RolloutPlan]) -> None:
@@ -253,9 +252,10 @@ def _cache_files(target: RolloutSet, needed: Sequence[str]) -> list[Path]:
     """An episode's plan, its rollouts and its sealed scores, seals after the shards that they list."""
     plan = load_rollout_plan(target)
     teachers = _teachers(target, plan, needed)
-    sets = [rollout_shards(target, plan), *(score_shards(target, plan, name) for name in teachers)]
+    scores = [part for name in teachers for part in score_parts(target, plan, name)]
+    sets = [rollout_shards(target, plan), *scores]
     shards = [path for one in sets for path in (*map(one.path, range(one.num_shards)), one.seal_path)]
-    return [target.plan, *(target.scores(name) / PLAN for name in teachers), *shards]
+    return [target.plan, *(part.folder / PLAN for part in scores), *shards]
 
 
 def _link_policy(source: Path, final: Path) -> None:

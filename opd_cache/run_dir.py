@@ -5,7 +5,7 @@ RUN/
   teacher_prompts/teacher=main.parquet    eval_teacher_prompts/    only of teachers with a prompt of their own
   replay.json  recipe.yaml       only in a replay of another run
   episode=3/            unpadded, so that `where episode = 3` matches the hive partition
-    plan.json           rollouts/   scores/teacher=main/   learn/   policy/
+    plan.json           rollouts/   scores/teacher=main/   scores/teacher=main,from=256/   learn/   policy/
   evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
   evals/policy=4/results.parquet  summary.json
   logs/rollout/episode=3/
@@ -45,8 +45,9 @@ class RolloutSet:
     def rollouts(self) -> Path:
         return self.path / "rollouts"
 
-    def scores(self, teacher: str) -> Path:
-        return self.path / "scores" / f"teacher={teacher}"
+    def scores(self, teacher: str, first_token: int = 0) -> Path:
+        """The teacher's scores; those that were added later lie in folders of their own, by their first token."""
+        return self.path / "scores" / (f"teacher={teacher}" + (f",from={first_token}" if first_token else ""))
 
     def teacher_prompts(self, teacher: str) -> Path:
         """The same prompts as this teacher sees them, where it has a prompt of its own."""

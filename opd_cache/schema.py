@@ -67,7 +67,11 @@ ROLLOUTS = (
 
 SCORES = (
     Column("rollout_id", pa.string(), "Row i scores rollout row i of the shard with the same name."),
-    Column("num_response_tokens", pa.int32(), "As in the rollout; 0 where error is set."),
+    Column(
+        "num_response_tokens",
+        pa.int32(),
+        "Entries of the lists below: the response tokens within the horizon. 0 where error is set.",
+    ),
     Column("ids_hash", pa.uint64(), "Copied from the rollout and compared at the join."),
     Column("error", pa.string(), "Why the row could not be scored; it then trains nothing.", nullable=True),
     Column("teacher_logprobs", list_of(pa.float32()), "Teacher's log-prob of each response id, nats."),

@@ -57,6 +57,10 @@ def test_it_scores_the_rollouts_that_are_there_without_the_source_of_the_prompts
     assert files(run, "*/rollouts/*") == before
     for entry in run_status(run)["episodes"]:
         assert {name: scores["sealed"] for name, scores in entry["scores"].items()} == {"main": True, "other": True}
+    notes = [path.name for path in (run / "logs/score/episode=0").iterdir()]
+    assert sorted(notes) == [
+        f"teacher={name}-shard-{shard:05d}.json" for name in ("main", "other") for shard in range(3)
+    ]
     sql = "select teacher, count(*), count(distinct rollout_id) from scores group by teacher order by teacher"
     assert query_rows(run, sql)[1] == [("main", 48, 48), ("other", 48, 48)]
     sql = """select avg(list_distance(a.teacher_logprobs, b.teacher_logprobs)) from scores a join scores b

@@ -31,7 +31,7 @@ from opd_cache.store.plans import (
     SamplingPlan,
     publish_rollout_plan,
     rollout_shards,
-    score_shards,
+    score_parts,
     stage_command,
 )
 from opd_cache.store.publish import digest_file, publish_json, read_json
@@ -216,7 +216,7 @@ def _rollouts_with_kl(
             yield from ((rollout, None) for rollout in read_rollouts(shards, shard))
         return
     teaching = open_teaching(run.recipe, target, plan, needs_topk=False)
-    scores = [score_shards(target, plan, name) for name in teaching.names]
+    scores = [score_parts(target, plan, name) for name in teaching.names]
     for shard in range(plan.num_shards):
         for rollout, row in join_teachers(shards, scores, shard):
             score = teaching.combine(rollout, row)

@@ -15,7 +15,7 @@ from opd_cache.prompts.intake import read_fields
 from opd_cache.run import Run
 from opd_cache.run_dir import PLAN, RolloutSet
 from opd_cache.store.join import Joined
-from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
+from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts, stage_command
 from opd_cache.store.publish import digest_file
 from opd_cache.store.shards import ShardSet
 
@@ -42,13 +42,12 @@ def open_sources(run: Run, episode: int, loss: Loss) -> tuple[list[Source], list
 
 def open_source(recipe: Recipe, target: RolloutSet, episode: int, loss: Loss) -> tuple[Source, dict[str, object]]:
     """An episode's rollouts with the scores that the recipe learns from, and what the plan says of them."""
-    if not target.plan.exists():
-        raise MissingInputError(f"{target.plan}: not there. Run: {stage_command('rollout', target)}")
+    check_asked_for(target, recipe.learning_teachers())
     plan = load_rollout_plan(target)
     rollouts = rollout_shards(target, plan)
     seal = rollouts.open_seal()
     scores = {name: open_scores(target, plan, seal, name) for name in recipe.learning_teachers()}
-    check_needs(recipe, loss, plan, list(scores.values()))
+    check_needs(recipe, loss, plan, [parts[0] for parts in scores.values()])
     source = Source(
         episode,
         rollouts,
@@ -60,24 +59,33 @@ def open_source(recipe: Recipe, target: RolloutSet, episode: int, loss: Loss) ->
         recipe.learn.drop_where,
     )
     _check_rows(source, loss)
-    seals = {shards.folder.name: digest_file(shards.seal_path) for shards in source.scores}
+    seals = {shards.folder.name: digest_file(shards.seal_path) for parts in source.scores for shards in parts}
     only = next(iter(seals.values()))
     facts = {"episode": episode, "policy": plan.policy, "rollouts": seal, "scores": only if len(seals) == 1 else seals}
     return source, facts
 
 
-def open_scores(target: RolloutSet, plan: RolloutPlan, rollouts_seal: str, teacher: str) -> ShardSet:
-    """One teacher's sealed scores of these rollouts. Raises MissingInputError, MismatchError, CorruptShardError."""
-    path = target.scores(teacher) / PLAN
-    if not path.exists():
-        raise MissingInputError(f"{path}: not there. Run: {stage_command('score', target, teacher)}")
-    scores = score_shards(target, plan, teacher)
-    scores.open_seal()
-    if scores.about["rollouts"] != rollouts_seal:
-        raise MismatchError(
-            f"{scores.folder}: the scores were made from other rollouts than {target.rollouts} now holds. Move the folder away and run: {scores.remedy}"
-        )
-    return scores
+def check_asked_for(target: RolloutSet, teachers: Sequence[str]) -> None:
+    """Refuse an episode whose rollouts, or whose scores by one of these teachers, nobody asked for yet."""
+    plans = [(target.plan, "rollout"), *((target.scores(name) / PLAN, "score") for name in teachers)]
+    for path, stage in plans:
+        if not path.exists():
+            raise MissingInputError(f"{path}: not there. Run: {stage_command(stage, target)}")
+
+
+def open_scores(target: RolloutSet, plan: RolloutPlan, rollouts_seal: str, teacher: str) -> tuple[ShardSet, ...]:
+    """One teacher's sealed scores of these rollouts, all parts that were asked for.
+
+    Raises MissingInputError, MismatchError, CorruptShardError.
+    """
+    parts = score_parts(target, plan, teacher)
+    for scores in parts:
+        scores.open_seal()
+        if scores.about["rollouts"] != rollouts_seal:
+            raise MismatchError(
+                f"{scores.folder}: the scores were made from other rollouts than {target.rollouts} now holds. Move the folder away and run: {scores.remedy}"
+            )
+    return parts
 
 
 def open_teaching(recipe: Recipe, target: RolloutSet, plan: RolloutPlan, needs_topk: bool) -> Teaching:

@@ -21,7 +21,7 @@ class Source:
 
     episode: int
     rollouts: ShardSet
-    scores: tuple[ShardSet, ...]  # one a teacher, in the order of teaching.names
+    scores: tuple[tuple[ShardSet, ...], ...]  # the parts of each teacher's, in the order of teaching.names
     num_rows: int
     rows_per_prompt: int
     teaching: Teaching

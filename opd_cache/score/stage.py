@@ -4,7 +4,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from opd_cache import registry
@@ -15,9 +17,10 @@ from opd_cache.logs import StageProgress
 from opd_cache.prompts.intake import read_prompt_ids
 from opd_cache.prompts.teacher_prompts import check_teacher_prompts, publish_teacher_prompts
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, load_tokenizer, read_vocabulary
-from opd_cache.run_dir import RolloutSet
+from opd_cache.run_dir import PLAN, SEAL, RolloutSet
 from opd_cache.score.scores import Scorer, ScoreRequest
 from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.status import scored_parts
 from opd_cache.store.join import read_rollouts, score_fault
 from opd_cache.store.plans import (
     RolloutPlan,
@@ -27,7 +30,7 @@ from opd_cache.store.plans import (
     score_shards,
     stage_command,
 )
-from opd_cache.store.publish import digest_file
+from opd_cache.store.publish import digest_file, read_json
 from opd_cache.store.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_TOPK, group_sizes, score_batch
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import Int32Array, Rollout, Score
@@ -53,13 +56,20 @@ def score_episode(run: Run, episode: int, teacher: str, scorer: Scorer, share: S
     Raises MissingInputError when the rollouts are not complete, MismatchError when the teacher was asked for
     something else before, ModelError when its vocabulary is another.
     """
-    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, run.recipe.score.top_k, share)
+    options = run.recipe.score
+    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, options.top_k, share, options.horizon)
 
 
 def score_rollouts(
-    run: Run, target: RolloutSet, teacher: str, scorer: Scorer, top_k: int, share: Share = EVERYTHING
+    run: Run,
+    target: RolloutSet,
+    teacher: str,
+    scorer: Scorer,
+    top_k: int,
+    share: Share = EVERYTHING,
+    horizon: int | None = None,
 ) -> bool:
-    """Make the missing score shards of one plan's rollouts."""
+    """Make the missing score shards of one plan's rollouts, of the tokens up to `horizon` that have no score yet."""
     if not target.plan.exists():
         raise MissingInputError(f"{target.path}: no rollouts yet. Run: {stage_command('rollout', target)}")
     plan = load_rollout_plan(target)
@@ -71,6 +81,7 @@ def score_rollouts(
         raise MismatchError(
             f"{target.plan}: sampled by policy {plan.policy[:12]}, but policy version {plan.policy_version} of this run is {fingerprint[:12]}; teachers.{teacher}.model = 'policy:current' means the one that sampled. Name a model folder instead."
         )
+    first_token = _first_token_to_score(target, teacher, horizon)
     prompts = _own_prompts(run, target, plan, teacher, config)
     facts = {
         "teacher": teacher,
@@ -80,9 +91,11 @@ def score_rollouts(
         "top_k": top_k,
         "rollouts": seal,
         "teacher_prompts": None if prompts is None else digest_file(prompts),
+        "first_token": first_token or None,
+        "horizon": horizon,
     }
     publish_score_plan(target, plan, facts)
-    scores = score_shards(target, plan, teacher)
+    scores = score_shards(target, plan, teacher, first_token)
     if share.of(scores.missing()):
         check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
         _warn_of_other_eos(plan, teacher, config)
@@ -90,7 +103,7 @@ def score_rollouts(
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
         own_ids = {} if prompts is None else read_prompt_ids(prompts, plan.shard_prompts(shard))
-        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, top_k, progress)
+        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, progress)
 
     return make_shards(
         "score",
@@ -102,6 +115,29 @@ def score_rollouts(
         make,
         {"engine": scorer.engine, "dtype": scorer.dtype, "teacher": teacher},
     )
+
+
+def _first_token_to_score(target: RolloutSet, teacher: str, horizon: int | None) -> int:
+    """0, or behind sealed scores of fewer tokens the first one that they lack. Raises MismatchError when they have more
+    than the horizon, MissingInputError when they are not complete."""
+    parts = scored_parts(target, teacher)
+    if not parts:
+        return 0
+    folder = target.scores(teacher, parts[-1])
+    reach = read_json(folder / PLAN).get("horizon")
+    if reach == horizon:
+        return parts[-1]
+    wanted = "null" if horizon is None else horizon
+    if reach is None or (horizon is not None and horizon < reach):
+        scored = "all tokens" if reach is None else f"the first {reach} tokens"
+        raise MismatchError(
+            f"{folder / PLAN}: {scored} of the responses are scored, score.horizon = {wanted} is fewer. Set score.horizon={'null' if reach is None else reach}; scores are never cut."
+        )
+    if not (folder / SEAL).exists():
+        raise MissingInputError(
+            f"{folder}: not complete with score.horizon = {reach}, which comes before score.horizon = {wanted}. Run: {stage_command('score', target, teacher)} score.horizon={reach}"
+        )
+    return int(reach)
 
 
 def _own_prompts(run: Run, target: RolloutSet, plan: RolloutPlan, teacher: str, config: TeacherConfig) -> Path | None:
@@ -135,17 +171,16 @@ def _score_shard(
     shard: int,
     own_ids: Mapping[int, Int32Array],
     scorer: Scorer,
-    top_k: int,
     progress: StageProgress,
 ) -> Iterator[pa.RecordBatch]:
     """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts.
 
     own_ids: the teacher's own prompts by prompt_index; empty where it sees the student's.
     """
-    limit = ROWS_PER_GROUP_TOPK if top_k else ROWS_PER_GROUP
+    limit = ROWS_PER_GROUP_TOPK if scores.about["top_k"] else ROWS_PER_GROUP
     reader = read_rollouts(rollouts, shard)
     for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
-        scored = _score_window(list(islice(reader, window)), window, own_ids, scorer, top_k, progress)
+        scored = _score_window(list(islice(reader, window)), window, own_ids, scorer, scores.about, progress)
         start = 0
         for size in group_sizes(window, plan.n_samples_per_prompt, limit):
             yield score_batch(scored[start : start + size], scores.schema)
@@ -157,12 +192,12 @@ def _score_window(
     expected: int,
     own_ids: Mapping[int, Int32Array],
     scorer: Scorer,
-    top_k: int,
+    about: Mapping[str, Any],
     progress: StageProgress,
 ) -> list[Score]:
+    top_k = about["top_k"]
     requests = [
-        ScoreRequest(key, own_ids.get(row.prompt_index, row.prompt_ids), row.response_ids, row.prompt_index)
-        for key, row in enumerate(rows)
+        _request(key, row, own_ids.get(row.prompt_index, row.prompt_ids), about) for key, row in enumerate(rows)
     ]
     found: dict[int, Score] = {}
     for scores in scorer.score(requests, top_k):
@@ -176,7 +211,7 @@ def _score_window(
             scores.topk_logprobs,
             scores.error,
         )
-        if fault := score_fault(row, score, top_k):
+        if fault := score_fault(row, score, about):
             raise StoreError(
                 f"the scorer ({scorer.engine}, {scorer.dtype}) gave {score.rollout_id}: {fault}; nothing was published."
             )
@@ -187,3 +222,12 @@ def _score_window(
             f"{len(rows)} rollouts were read and {len(found)} scored ({scorer.engine}), expected {expected}; nothing was published."
         )
     return [found[key] for key in range(expected)]
+
+
+def _request(key: int, row: Rollout, prompt_ids: Int32Array, about: Mapping[str, Any]) -> ScoreRequest:
+    """The tokens of a response that are to be scored. Those before them stand behind the prompt."""
+    first, horizon = about.get("first_token"), about.get("horizon")
+    if first is None:
+        return ScoreRequest(key, prompt_ids, row.response_ids[:horizon], row.prompt_index)
+    seen = np.concatenate([prompt_ids, row.response_ids[:first]])
+    return ScoreRequest(key, seen, row.response_ids[first:horizon], group=key)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from opd_cache.errors import ConfigError, MissingInputError
 from opd_cache.run_dir import SEAL, RunDir
 from opd_cache.schema import EVALS, PROMPTS, ROLLOUTS, SCORES, STEPS, Column
-from opd_cache.status import asked_teachers, evaluated_subjects
+from opd_cache.status import asked_teachers, evaluated_subjects, scored_parts
 from opd_cache.store.publish import read_json
 
 # What changes from one evaluation to the next, or with the rows that happen to lie beside.
@@ -153,9 +153,11 @@ def _views(run: RunDir) -> list[View]:
     for episode in run.episodes():
         target = run.episode(episode)
         rollouts += _sealed_select(target.rollouts, f"{episode}::INTEGER AS episode")
-        for teacher in asked_teachers(target):
-            constants = f"{episode}::INTEGER AS episode, {_quoted(teacher)} AS teacher"
-            scores += _sealed_select(target.scores(teacher), constants)
+        for teacher, first in (
+            (name, first) for name in asked_teachers(target) for first in scored_parts(target, name)
+        ):
+            constants = f"{episode}::INTEGER AS episode, {_quoted(teacher)} AS teacher, {first}::INTEGER AS first_token"
+            scores += _sealed_select(target.scores(teacher, first), constants)
         if run.steps(episode).exists():
             steps.append(_select([run.steps(episode)], f"{episode}::INTEGER AS episode"))
     # A summary is published after its results.
@@ -163,7 +165,11 @@ def _views(run: RunDir) -> list[View]:
     return [
         ("prompts", _typed(PROMPTS), [_select([run.prompts], "")] if run.prompts.exists() else []),
         ("rollouts", (("episode", "INTEGER"), *_typed(ROLLOUTS)), rollouts),
-        ("scores", (("episode", "INTEGER"), ("teacher", "VARCHAR"), *_typed(SCORES)), scores),
+        (
+            "scores",
+            (("episode", "INTEGER"), ("teacher", "VARCHAR"), ("first_token", "INTEGER"), *_typed(SCORES)),
+            scores,
+        ),
         ("steps", (("episode", "INTEGER"), *_typed(STEPS)), steps),
         ("evals", _typed(EVALS), [_select(results, "")] if results else []),
     ]
