@@ -43,12 +43,37 @@ class ModelConfig:
 
 
 @dataclass
+class TeacherPrompt:
+    """A prompt of the teacher's own, such as one with a worked solution. The response ids stay the student's."""
+
+    template: Optional[str] = option(
+        None,
+        "Text with {field} places, filled from the prompt's fields; {prompt} and {answer} are the student's prompt and the expected answer. null: the teacher sees the student's token ids.",
+    )
+    system_prompt: Optional[str] = option(None, "A system message put before it (chat template only).")
+    apply_chat_template: bool = option(False, "Wrap it in the teacher tokenizer's chat template.")
+    chat_template_kwargs: dict[str, Any] = option(dict, "Passed to the chat template, such as enable_thinking.")
+
+
+@dataclass
 class TeacherConfig(ModelConfig):
     """A teacher: a model that gives log-probs of the student's tokens."""
+
+    model: str = option(
+        MISSING,
+        "Folder or Hugging Face name of a causal language model; or a policy of this run, loaded like the student: policy:current is the one that sampled the episode, policy:0 the initial student.",
+    )
 
     scorer: Optional[str] = option(None, "Overrides score.scorer for this teacher.", table=registry.SCORERS)
     vllm: dict[str, Any] = option(dict, "Overrides keys of score.vllm for this teacher.")
     urls: Optional[list[str]] = option(None, "scorer=http: this teacher's own servers, instead of score.http.urls.")
+    prompt: TeacherPrompt = option(TeacherPrompt, "What it sees in place of the student's prompt.")
+
+    @property
+    def policy(self) -> str | None:
+        """`current` or a version, where the teacher is a policy of the run; else None."""
+        kind, _, version = self.model.partition(":")
+        return version if kind == "policy" else None
 
 
 @dataclass
@@ -194,6 +219,11 @@ class ScoreConfig:
         min=0,
         max=1024,
     )
+    horizon: Optional[int] = option(
+        None,
+        "Score only the first so many tokens of a response; the others carry no loss. null: all. A larger one later scores only the rest.",
+        min=1,
+    )
     max_tokens_per_batch: int = option(
         8192, "Padded tokens in one forward pass of the hf scorer. Bounds memory.", min=1
     )
@@ -313,6 +343,23 @@ class LearnConfig:
     deepspeed: DeepSpeedOptions = option(DeepSpeedOptions, "For learn.engine=deepspeed.")
     lora: LoraOptions = option(LoraOptions, "Low-rank adapters.")
     teacher: Optional[str] = option(None, "Whose scores; null: the only teacher.")
+    teachers: Optional[dict[str, float]] = option(
+        None, "Instead of one: a mixture of several by weight, such as {a: 2, b: 1}; weights are normalised.", above=0
+    )
+    mixing: str = option(
+        "probability",
+        "teachers: what is mixed, token by token. probability: log of the weighted mean of the probabilities; log: weighted mean of the log-probs, a product of experts that is not normalised.",
+        choices=("probability", "log"),
+    )
+    routes: Optional[dict[str, str]] = option(
+        None,
+        "Instead of one: each prompt's own teacher by the value of route_by, such as {math: a, '*': b}; * is any other.",
+    )
+    route_by: Optional[str] = option(None, "routes: the field of the prompt's source record that is looked up.")
+    drop_where: Optional[str] = option(
+        None,
+        "Rows without loss: an SQL condition over the columns of r (rollouts), s (scores of the teachers learned from; any of them) and p (prompts), such as list_avg(s.teacher_logprobs) < -4.",
+    )
     loss: LossConfig = option(LossConfig, "The loss.")
     kl_coef: float = option(0.0, "Weight of the KL penalty to the reference policy.", min=0)
     reference: Optional[str] = option(None, "The reference policy, folder or name; null: the initial student.")
@@ -422,9 +469,12 @@ class Recipe:
     learn: LearnConfig = option(LearnConfig, "The learn stage.")
     eval: EvalConfig = option(EvalConfig, "Evaluation.")
 
-    def learning_teacher(self) -> str:
+    def learning_teachers(self) -> list[str]:
         """Whose scores the student learns from."""
-        return self.learn.teacher or next(iter(self.teachers))
+        learn = self.learn
+        if learn.routes:
+            return list(dict.fromkeys(learn.routes.values()))
+        return list(learn.teachers or [learn.teacher or next(iter(self.teachers))])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in run.json."""
@@ -443,7 +493,7 @@ def describe_keys(config_type: type = Recipe, prefix: str = "") -> list[tuple[st
     hints = field_types(config_type)
     for f in dataclasses.fields(config_type):
         kind, key = hints[f.name], f"{prefix}{f.name}"
-        if f.name == "teachers":
+        if key == "teachers":
             rows += describe_keys(TeacherConfig, f"{key}.NAME.")
         elif dataclasses.is_dataclass(kind):
             rows += describe_keys(typing.cast(type, kind), f"{key}.")

@@ -39,6 +39,7 @@ class InlineStages:
         self.run = run
         self.ranks = ranks or ALONE
         self.scorers: dict[str, Any] = {}
+        self.scorer_configs: dict[str, Any] = {}  # what they were made for
 
     def __call__(self, stage: str, number: int) -> None:
         getattr(self, stage)(number)
@@ -55,11 +56,17 @@ class InlineStages:
 
         return new_engine(self.run, self.ranks)
 
-    def scorer(self, teacher: str) -> Any:
+    def scorer(self, teacher: str, version: int) -> Any:
+        """The warm scorer of a teacher, for what policy `version` sampled; a teacher that moves along with the policy
+        gets a new one."""
         from opd_cache.score.stage import new_scorer
 
+        config = self.run.teacher_config(teacher, version)
+        if self.scorer_configs.setdefault(teacher, config) != config:
+            self.scorers.pop(teacher, None)  # first, so that two models are never in memory
         if teacher not in self.scorers:
-            self.scorers[teacher] = new_scorer(self.run, teacher)
+            self.scorers[teacher] = new_scorer(self.run, config)
+            self.scorer_configs[teacher] = config
         return self.scorers[teacher]
 
     def rollout(self, episode: int, **share: Any) -> bool:
@@ -71,7 +78,7 @@ class InlineStages:
         from opd_cache.score.stage import score_episode, teachers_to_score
 
         names = teachers_to_score(self.run)
-        sealed = [score_episode(self.run, episode, name, self.scorer(name), **share) for name in names]
+        sealed = [score_episode(self.run, episode, name, self.scorer(name, episode), **share) for name in names]
         return all(sealed)
 
     def learn(self, episode: int) -> bool:
@@ -83,9 +90,11 @@ class InlineStages:
         from opd_cache.evals.stage import evaluate_policy, evaluate_teacher
         from opd_cache.rollout.stage import new_sampler
 
-        teacher = self.run.recipe.learning_teacher()
-        if self.run.recipe.eval.teacher:
-            sampler = new_sampler(self.run, self.run.recipe.teachers[teacher])
-            evaluate_teacher(self.run, teacher, sampler)
-            sampler.close()
-        evaluate_policy(self.run, version, self.sampler, teacher, self.scorer(teacher))
+        teachers = self.run.recipe.learning_teachers()
+        for name in teachers if self.run.recipe.eval.teacher else ():
+            # A policy of the run is evaluated under its own version.
+            if (config := self.run.recipe.teachers[name]).policy is None:
+                sampler = new_sampler(self.run, config)
+                evaluate_teacher(self.run, name, sampler)
+                sampler.close()
+        evaluate_policy(self.run, version, self.sampler, {name: self.scorer(name, version) for name in teachers})

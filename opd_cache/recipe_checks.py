@@ -14,10 +14,19 @@ from urllib.parse import urlsplit
 from omegaconf import MISSING
 
 from opd_cache import registry
-from opd_cache.config import LossConfig, Recipe, VllmOptions, field_types
+from opd_cache.config import (
+    LossConfig,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+    TeacherPrompt,
+    VllmOptions,
+    field_types,
+)
 from opd_cache.errors import ConfigError
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+POLICY = re.compile(r"current|0|[1-9][0-9]{0,5}", re.ASCII)
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # NUL ends a path early; a lone surrogate is what Python makes of bytes that are no UTF-8. Neither can be stored.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -124,11 +133,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(
                 f"teachers.{_shown_key(name)}: a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."
             )
-    for key, chosen in (("score.teacher", recipe.score.teacher), ("learn.teacher", recipe.learn.teacher)):
-        if chosen is not None and chosen not in recipe.teachers:
-            raise ConfigError(f"{key} = {chosen!r} is unknown. Known: {', '.join(recipe.teachers)}.")
-    if recipe.learn.teacher is None and len(recipe.teachers) > 1:
-        raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    _check_known_teacher(recipe, "score.teacher", recipe.score.teacher)
+    _check_learning_teachers(recipe)
     _check_servers(recipe)
     _check_loss(recipe.learn.loss)
     learn = recipe.learn
@@ -145,9 +151,16 @@ def check_recipe(recipe: Recipe) -> None:
             re.compile(pattern or "")
         except re.error as error:
             raise ConfigError(f"{key} = {shown(pattern)} is not a regular expression: {error}.") from error
-    if reserved := sorted(set(recipe.prompts.chat_template_kwargs) & set(CHAT_TEMPLATE_ARGUMENTS)):
+    _check_chat_template_kwargs(recipe.prompts.chat_template_kwargs, "prompts")
+    for name, teacher in recipe.teachers.items():
+        _check_policy_teacher(teacher, f"teachers.{name}")
+        _check_teacher_prompt(teacher.prompt, f"teachers.{name}.prompt")
+
+
+def _check_chat_template_kwargs(kwargs: dict[str, Any], section: str) -> None:
+    if reserved := sorted(set(kwargs) & set(CHAT_TEMPLATE_ARGUMENTS)):
         raise ConfigError(
-            f"prompts.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
+            f"{section}.chat_template_kwargs.{reserved[0]} is set by opd-cache itself; give only the template's own variables, such as enable_thinking."
         )
 
 
@@ -185,6 +198,59 @@ def _check_url(url: str, key: str) -> None:
         raise ConfigError(f"{key} = {shown(url)} is no URL of a server; expected http://HOST:PORT or https://HOST.")
     if parts.path.rstrip("/").endswith("/v1"):
         raise ConfigError(f"{key} = {shown(url)}: give the server's root, without /v1; the paths below it are added.")
+
+
+def _check_policy_teacher(teacher: TeacherConfig, section: str) -> None:
+    if teacher.policy is None:
+        return
+    if not POLICY.fullmatch(teacher.policy):
+        raise ConfigError(
+            f"{section}.model = {shown(teacher.model)}: expected policy:current, the policy that sampled the episode, or a version such as policy:0."
+        )
+    for f in dataclasses.fields(ModelConfig):
+        if f.name != "model" and (value := getattr(teacher, f.name)) != f.default:
+            raise ConfigError(
+                f"{section}.{f.name} = {shown(value)} has no effect: a policy of the run is loaded like the student. Leave it out."
+            )
+
+
+def _check_teacher_prompt(prompt: TeacherPrompt, section: str) -> None:
+    """Refuse settings that would have no effect."""
+    _check_chat_template_kwargs(prompt.chat_template_kwargs, section)
+    if prompt.template is None and prompt != TeacherPrompt():
+        key = next(key for key, value in dataclasses.asdict(TeacherPrompt()).items() if getattr(prompt, key) != value)
+        raise ConfigError(
+            f"{section}.{key} is set, but not {section}.template: the teacher sees the student's ids. Give a template, such as '{{prompt}}'."
+        )
+    if not prompt.apply_chat_template and (prompt.system_prompt is not None or prompt.chat_template_kwargs):
+        key = "chat_template_kwargs" if prompt.system_prompt is None else "system_prompt"
+        raise ConfigError(f"{section}.{key} needs {section}.apply_chat_template=true.")
+
+
+def _check_known_teacher(recipe: Recipe, key: str, name: str | None) -> None:
+    if name is not None and name not in recipe.teachers:
+        raise ConfigError(f"{key} = {shown(name)} is unknown. Known: {', '.join(recipe.teachers)}.")
+
+
+def _check_learning_teachers(recipe: Recipe) -> None:
+    """Refuse a recipe that says in no way, or in two ways, whom the student learns from."""
+    learn = recipe.learn
+    _check_known_teacher(recipe, "learn.teacher", learn.teacher)
+    for name in learn.teachers or {}:
+        _check_known_teacher(recipe, "learn.teachers", name)
+    for value, name in (learn.routes or {}).items():
+        _check_known_teacher(recipe, f"learn.routes.{_shown_key(value)}", name)
+    for key in ("teachers", "routes"):
+        if getattr(learn, key) == {}:
+            raise ConfigError(f"learn.{key} = {{}} is empty; leave it out, or name a teacher.")
+    ways = [f"learn.{key}" for key in ("teacher", "teachers", "routes") if getattr(learn, key) is not None]
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(ways)} are both set; keep the one that is meant, and set {ways[0]}=null.")
+    if not ways and len(recipe.teachers) > 1:
+        raise ConfigError(f"learn.teacher must name one of the teachers: {', '.join(recipe.teachers)}.")
+    if (learn.routes is None) != (learn.route_by is None):
+        given, lacking = ("routes", "route_by") if learn.route_by is None else ("route_by", "routes")
+        raise ConfigError(f"learn.{given} needs learn.{lacking}: a field of the prompts, and a teacher for its values.")
 
 
 def _check_loss(loss: LossConfig) -> None:

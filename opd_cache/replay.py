@@ -21,7 +21,7 @@ from opd_cache.recipes import recipe_yaml, stored_recipe
 from opd_cache.run import IDENTITY, Run, check_same_run, open_run
 from opd_cache.run_dir import COMPLETE, PLAN, SEAL, RolloutSet, RunDir
 from opd_cache.status import asked_teachers, read_identity
-from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
+from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
 from opd_cache.store.publish import (
     TEMPORARY_SUFFIX,
     publish_file,
@@ -33,7 +33,8 @@ from opd_cache.store.publish import (
 
 EPISODES = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 # Settings that may differ from one start of a replay to the next: they change memory, speed and safety.
-FREE_KEYS = ("torch_threads", *(f"learn.{name}" for name in NOT_IN_THE_PLAN if name != "teacher"))
+FREE_KEYS = ("torch_threads", *(f"learn.{name}" for name in NOT_IN_THE_PLAN))
+CHOOSES_TEACHERS = ("learn.teacher", "learn.routes")  # as overrides begin
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def plan_replay(source: RunDir, into: Path, episodes: str | None, overrides: Seq
     if episodes is not None:
         numbers = _parse_episodes(episodes)
     else:
-        numbers = begun["episodes"] if begun else _scored_episodes(source, recipe.learning_teacher())
+        numbers = begun["episodes"] if begun else _scored_episodes(source, recipe.learning_teachers())
     replay = Replay(source, identity, recipe, numbers, values, is_new=begun is None)
     if begun is not None:
         _check_begun(replay, begun)
@@ -129,7 +130,21 @@ def _recipe(source: RunDir, identity: dict[str, Any], into: Path, overrides: Seq
             raise ConfigError(
                 f"{key}: a replay changes only learn.* and torch_threads; all else is as in {source.path}. ({override})"
             )
-    return stored_recipe({**identity["recipe"], "run_dir": str(into)}, overrides, str(source.run_json))
+    content = {**identity["recipe"], "run_dir": str(into)}
+    if any(override.startswith(CHOOSES_TEACHERS) for override in overrides):
+        content["teachers"] = {**content["teachers"], **_added_teachers(source, content["teachers"])}
+    return stored_recipe(content, overrides, str(source.run_json))
+
+
+def _added_teachers(source: RunDir, named: dict[str, Any]) -> dict[str, Any]:
+    """Teachers that scored after the run was made. run.json does not say where their models lie; learning needs none."""
+    added = {}
+    for target in map(source.episode, source.episodes()):
+        for name in asked_teachers(target):
+            if name not in named:
+                fingerprint = read_json(target.scores(name) / PLAN)["teacher_fingerprint"]
+                added[name] = {"model": f"fingerprint:{fingerprint}"}
+    return added
 
 
 def _parse_episodes(text: str) -> list[int]:
@@ -140,11 +155,15 @@ def _parse_episodes(text: str) -> list[int]:
     return list(range(first, last + 1))
 
 
-def _scored_episodes(source: RunDir, teacher: str) -> list[int]:
-    numbers = [number for number in source.episodes() if (source.episode(number).scores(teacher) / SEAL).exists()]
+def _scored_episodes(source: RunDir, teachers: Sequence[str]) -> list[int]:
+    numbers = [
+        number
+        for number in source.episodes()
+        if all((source.episode(number).scores(name) / SEAL).exists() for name in teachers)
+    ]
     if not numbers:
         raise MissingInputError(
-            f"{source.path}: no episode has sealed scores of the teacher {teacher!r}. Run: opd-cache score RECIPE --episode 0"
+            f"{source.path}: no episode has sealed scores of the teacher {' and '.join(map(repr, teachers))}. Run: opd-cache score RECIPE --episode 0"
         )
     unbroken = [number for place, number in enumerate(numbers) if number == numbers[0] + place]
     if unbroken != numbers:
@@ -180,39 +199,32 @@ def _bound(overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _check_cache(replay: Replay, episode: int) -> RolloutPlan:
     """The plan of an episode whose rollouts and scores are sealed, whole and of each other."""
-    target, teacher = replay.source.episode(episode), replay.recipe.learning_teacher()
-    for path, stage in ((target.plan, "rollout"), (target.scores(teacher) / PLAN, "score")):
-        if not path.exists():
-            raise MissingInputError(f"{path}: not there. Run: {stage_command(stage, target)}")
+    from opd_cache.learn.inputs import check_asked_for, open_scores
+
+    target = replay.source.episode(episode)
+    check_asked_for(target, replay.recipe.learning_teachers())
     plan = load_rollout_plan(target)
     seal = rollout_shards(target, plan).open_seal()
-    for name in _teachers(target, plan, teacher):
-        scores = score_shards(target, plan, name)
-        scores.open_seal()
-        if scores.about["rollouts"] != seal:
-            raise MismatchError(
-                f"{scores.folder}: the scores were made from other rollouts than {target.rollouts} now holds. Move the folder away and run: {scores.remedy}"
-            )
+    for name in _teachers(target, plan, replay.recipe.learning_teachers()):
+        open_scores(target, plan, seal, name)
     return plan
 
 
-def _teachers(target: RolloutSet, plan: RolloutPlan, needed: str) -> list[str]:
-    """The teacher that is learned from, and all others whose scores are sealed."""
-    names = asked_teachers(target)
-    return [name for name in names if name == needed or score_shards(target, plan, name).is_sealed()]
+def _teachers(target: RolloutSet, plan: RolloutPlan, needed: Sequence[str]) -> list[str]:
+    """The teachers that are learned from, and all others whose scores are sealed."""
+    others = (name for name in asked_teachers(target) if name not in needed)
+    return [*needed, *(name for name in others if all(part.is_sealed() for part in score_parts(target, plan, name)))]
 
 
 def _check_settings(replay: Replay, plans: dict[int, RolloutPlan]) -> None:
     """Refuse settings that the cache cannot serve. Raises ConfigError, MismatchError."""
-    from opd_cache.learn.inputs import check_needs
+    from opd_cache.learn.inputs import open_source
     from opd_cache.learn.losses import resolve_loss
 
     recipe = replay.recipe
     loss = resolve_loss(recipe.learn.loss)
     for episode, plan in plans.items():
-        target = replay.source.episode(episode)
-        scores = score_shards(target, plan, recipe.learning_teacher())
-        check_needs(recipe, loss, plan, scores.about["top_k"], str(scores.folder))
+        open_source(recipe, replay.source.episode(episode), episode, loss)
         plan_learning(recipe, episode, plan.num_rollouts, [plan.n_samples_per_prompt], loss.needs_reward, 0)
 
 
@@ -226,7 +238,7 @@ def _link_inputs(replay: Replay) -> None:
     for path in (source.prompts, source.vocab):
         publish_link(path, into.path / path.name)
     for episode in replay.cached_episodes():
-        for path in _cache_files(source.episode(episode), replay.recipe.learning_teacher()):
+        for path in _cache_files(source.episode(episode), replay.recipe.learning_teachers()):
             publish_link(path, into.path / path.relative_to(source.path))
     if replay.episodes[0] > 0:
         _link_policy(*(run.policy_after(replay.episodes[0] - 1) for run in (source, into)))
@@ -236,13 +248,14 @@ def _link_inputs(replay: Replay) -> None:
         _publish_text(into.recipe_yaml, recipe_yaml(replay.recipe))
 
 
-def _cache_files(target: RolloutSet, teacher: str) -> list[Path]:
+def _cache_files(target: RolloutSet, needed: Sequence[str]) -> list[Path]:
     """An episode's plan, its rollouts and its sealed scores, seals after the shards that they list."""
     plan = load_rollout_plan(target)
-    teachers = _teachers(target, plan, teacher)
-    sets = [rollout_shards(target, plan), *(score_shards(target, plan, name) for name in teachers)]
+    teachers = _teachers(target, plan, needed)
+    scores = [part for name in teachers for part in score_parts(target, plan, name)]
+    sets = [rollout_shards(target, plan), *scores]
     shards = [path for one in sets for path in (*map(one.path, range(one.num_shards)), one.seal_path)]
-    return [target.plan, *(target.scores(name) / PLAN for name in teachers), *shards]
+    return [target.plan, *(part.folder / PLAN for part in scores), *shards]
 
 
 def _link_policy(source: Path, final: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_cache import registry
-from opd_cache.config import ModelConfig, Recipe
+from opd_cache.config import ModelConfig, Recipe, TeacherConfig
 from opd_cache.errors import ConfigError, CorruptShardError, MismatchError, MissingInputError, ModelError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
@@ -51,6 +51,17 @@ class Run:
         return ModelConfig(
             **{**asdict(self.recipe.student), "model": str(self.policy_folder(version)), "revision": None}
         )
+
+    def teacher_config(self, name: str, version: int) -> TeacherConfig:
+        """How to load a teacher for what policy `version` sampled: one that is a policy itself, from that policy's folder.
+
+        Raises MissingInputError when that policy has not been learned.
+        """
+        teacher = self.recipe.teachers[name]
+        if teacher.policy is None:
+            return teacher
+        policy = self.policy_config(version if teacher.policy == "current" else int(teacher.policy))
+        return TeacherConfig(**asdict(policy), scorer=teacher.scorer, prompt=teacher.prompt)
 
     def has_policy(self, version: int) -> bool:
         return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
@@ -159,7 +170,8 @@ def _make(recipe: Recipe, run: RunDir) -> None:
     table = token_table(tokenizer)
     fingerprint = fingerprint_model(student)
     for name, teacher in recipe.teachers.items():
-        check_same_vocabulary(table, teacher, name)
+        if teacher.policy is None:
+            check_same_vocabulary(table, teacher, name)
     # Either file may be there from a start that was cut short, then perhaps with other settings.
     if not run.prompts.exists():
         take_in_prompts(recipe.prompts, tokenizer, num_embeddings(student), run.prompts)

@@ -2,9 +2,10 @@
 
 RUN/
   run.json  prompts.parquet  eval_prompts.parquet  vocab.parquet
+  teacher_prompts/teacher=main.parquet    eval_teacher_prompts/    only of teachers with a prompt of their own
   replay.json  recipe.yaml       only in a replay of another run
   episode=3/            unpadded, so that `where episode = 3` matches the hive partition
-    plan.json           rollouts/   scores/teacher=main/   learn/   policy/
+    plan.json           rollouts/   scores/teacher=main/   scores/teacher=main,from=256/   learn/   policy/
   evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
   evals/policy=4/results.parquet  summary.json
   logs/rollout/episode=3/
@@ -35,6 +36,7 @@ class RolloutSet:
     path: Path
     label: str  # for people: "episode 3"
     log_name: str  # folder under logs/STAGE
+    prompts: Path  # the file whose rows are the plan's prompts
 
     @property
     def plan(self) -> Path:
@@ -44,8 +46,14 @@ class RolloutSet:
     def rollouts(self) -> Path:
         return self.path / "rollouts"
 
-    def scores(self, teacher: str) -> Path:
-        return self.path / "scores" / f"teacher={teacher}"
+    def scores(self, teacher: str, first_token: int = 0) -> Path:
+        """The teacher's scores; those that were added later lie in folders of their own, by their first token."""
+        return self.path / "scores" / (f"teacher={teacher}" + (f",from={first_token}" if first_token else ""))
+
+    def teacher_prompts(self, teacher: str) -> Path:
+        """The same prompts as this teacher sees them, where it has a prompt of its own."""
+        folder = self.prompts.with_name(self.prompts.stem.replace("prompts", "teacher_prompts"))
+        return folder / f"teacher={teacher}.parquet"
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class RunDir:
 
     def episode(self, episode: int) -> RolloutSet:
         name = f"episode={episode}"
-        return RolloutSet(self.path / name, f"episode {episode}", name)
+        return RolloutSet(self.path / name, f"episode {episode}", name, self.prompts)
 
     def learn(self, episode: int) -> Path:
         return self.path / f"episode={episode}" / "learn"
@@ -93,7 +101,8 @@ class RunDir:
         return self.path / "evals" / subject
 
     def evaluation_set(self, subject: str, mode: str) -> RolloutSet:
-        return RolloutSet(self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}", f"eval-{subject}-{mode}")
+        path, label = self.evaluation(subject) / f"mode={mode}", f"eval {subject} {mode}"
+        return RolloutSet(path, label, f"eval-{subject}-{mode}", self.eval_prompts)
 
     @property
     def replay_json(self) -> Path:

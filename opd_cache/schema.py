@@ -28,6 +28,14 @@ PROMPTS = (
     Column("num_prompt_tokens", pa.int32(), "Length of prompt_ids."),
     Column("prompt_ids", list_of(pa.int32()), "Token ids, chat template applied. What the models see."),
     Column("answer", pa.string(), "Expected answer, where the source has one.", nullable=True),
+    Column("fields", pa.string(), "The source record's texts, numbers and booleans as one JSON object."),
+)
+
+TEACHER_PROMPTS = (
+    Column("prompt_index", pa.int32(), "Row of prompts.parquet."),
+    Column("text", pa.string(), "teachers.NAME.prompt.template, filled."),
+    Column("num_prompt_tokens", pa.int32(), "Length of prompt_ids."),
+    Column("prompt_ids", list_of(pa.int32()), "What the teacher sees in place of the student's prompt_ids."),
 )
 
 VOCAB = (
@@ -59,7 +67,11 @@ ROLLOUTS = (
 
 SCORES = (
     Column("rollout_id", pa.string(), "Row i scores rollout row i of the shard with the same name."),
-    Column("num_response_tokens", pa.int32(), "As in the rollout; 0 where error is set."),
+    Column(
+        "num_response_tokens",
+        pa.int32(),
+        "Entries of the lists below: the response tokens within the horizon. 0 where error is set.",
+    ),
     Column("ids_hash", pa.uint64(), "Copied from the rollout and compared at the join."),
     Column("error", pa.string(), "Why the row could not be scored; it then trains nothing.", nullable=True),
     Column("teacher_logprobs", list_of(pa.float32()), "Teacher's log-prob of each response id, nats."),
@@ -95,6 +107,7 @@ STEPS = (
     Column("response_length", pa.float64(), "Mean response tokens of the batch's rollouts."),
     Column("truncated_share", pa.float64(), "Share of rollouts with finish_reason = length."),
     Column("error_share", pa.float64(), "Share of rollouts that the teacher could not score."),
+    Column("dropped_share", pa.float64(), "Share of rollouts that learn.drop_where left out."),
     Column("grad_norm", pa.float64(), "Global gradient norm before clipping."),
     Column("learning_rate", pa.float64(), "As used in this step."),
     Column("rollouts", pa.int32(), "Rollouts in the step."),
@@ -122,7 +135,15 @@ EVALS = (
     Column("reverse_kl_sum", pa.float64(), "Sum of student − teacher log-prob; null where not scored.", nullable=True),
 )
 
-TABLES = {"prompts": PROMPTS, "vocab": VOCAB, "rollouts": ROLLOUTS, "scores": SCORES, "steps": STEPS, "evals": EVALS}
+TABLES = {
+    "prompts": PROMPTS,
+    "teacher_prompts": TEACHER_PROMPTS,
+    "vocab": VOCAB,
+    "rollouts": ROLLOUTS,
+    "scores": SCORES,
+    "steps": STEPS,
+    "evals": EVALS,
+}
 
 
 def arrow_schema(columns: tuple[Column, ...], optional: frozenset[str] = frozenset()) -> pa.Schema:

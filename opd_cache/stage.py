@@ -88,7 +88,8 @@ def make_shards(
                 "published": won,
                 **facts,
             }
-            write_note(run.log_folder(stage, target.log_name), f"shard-{shard:05d}", note)
+            # Several teachers score the shards of one episode.
+            write_note(run.log_folder(stage, target.log_name), f"{shards.folder.name}-shard-{shard:05d}", note)
             log.info(
                 "%-7s %s shard %d/%d | %d rollouts | %s tokens | %s tok/s | %.1f s%s",
                 stage,

@@ -22,14 +22,13 @@ def run_status(path: Path) -> dict[str, Any]:
         if subject.startswith("teacher=")
     }
     episodes = [_episode(run, episode) for episode in run.episodes()]
-    learned = recipe["learn"]["teacher"] or next(iter(recipe["teachers"]))
     return {
         "run_dir": str(path),
         "run_id": identity["run_id"],
         "num_episodes": recipe["num_episodes"],
         "episodes_done": sum(entry["learn"]["done"] for entry in episodes),
         "baseline": evaluation_summary(run, "policy=0"),
-        "teacher": teachers.get(learned),
+        "teacher": teachers.get(_learning_teacher(recipe)),
         "teachers": teachers,
         "episodes": episodes,
         "seconds": {stage: round(sum(note["seconds"] for note in _notes(run, stage)), 2) for stage in STAGES},
@@ -39,6 +38,13 @@ def run_status(path: Path) -> dict[str, Any]:
         },
         "response_tokens": sum(entry["rollouts"]["tokens"] for entry in episodes),
     }
+
+
+def _learning_teacher(recipe: dict[str, Any]) -> str:
+    """The first of those that the student learns from."""
+    learn = recipe["learn"]
+    routed = (learn.get("routes") or {}).values()
+    return next(iter([*routed, *(learn.get("teachers") or {}), learn["teacher"] or next(iter(recipe["teachers"]))]))
 
 
 def read_identity(run: RunDir) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def _episode(run: RunDir, episode: int) -> dict[str, Any]:
         "episode": episode,
         "policy_version": episode,
         "rollouts": _stage(target.rollouts, shards),
-        "scores": {teacher: _stage(target.scores(teacher), shards) for teacher in asked_teachers(target)},
+        "scores": {folder.name.removeprefix("teacher="): _stage(folder, shards) for folder in score_folders(target)},
         "learn": {
             "done": manifest.exists(),
             "steps": read_json(learn_plan)["num_steps"] if learn_plan.exists() else None,
@@ -105,6 +111,22 @@ def asked_teachers(target: RolloutSet) -> list[str]:
     """The teachers with a scoring plan of their own. A folder moved aside, such as `teacher=main.old`, has another's."""
     names = sorted(path.parent.name.removeprefix("teacher=") for path in target.path.glob(f"scores/teacher=*/{PLAN}"))
     return [name for name in names if read_json(target.scores(name) / PLAN).get("teacher") == name]
+
+
+def scored_parts(target: RolloutSet, teacher: str) -> list[int]:
+    """First response token of each part of a teacher's scores, in order: 0, and the horizons that were grown since."""
+    parts: list[int] = []
+    following: int | None = 0
+    while following is not None and (path := target.scores(teacher, following) / PLAN).exists():
+        parts.append(following)
+        horizon = read_json(path).get("horizon")
+        following = horizon if horizon is None or horizon > following else None
+    return parts
+
+
+def score_folders(target: RolloutSet) -> list[Path]:
+    """Every folder with scores, teacher by teacher."""
+    return [target.scores(name, first) for name in asked_teachers(target) for first in scored_parts(target, name)]
 
 
 def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ class Score:
     topk_ids: Int32Array  # [R, K], likeliest first
     topk_logprobs: Float32Array  # [R, K], not renormalised
     error: str | None = None  # why this row could not be scored; its arrays are then empty
+    is_dropped: bool = False  # left out of the loss by learn.drop_where; never stored
 
 
 def hash_ids(prompt_ids: Int32Array, response_ids: Int32Array) -> int:

@@ -496,6 +496,11 @@ def test_rollouts_and_scores_join_row_by_row_in_sql(opd_cache: Callable[..., Out
     assert json.loads(outcome.out) == {"n": 48, "same": True, "aligned": True}
 
 
+def test_fields_of_the_source_are_asked_for_as_json(opd_cache: Callable[..., Outcome], finished_run: Run) -> None:
+    sql = "select bool_and(fields->>'answer' = answer and fields->>'prompt' = text) as same from prompts"
+    assert json.loads(opd_cache("query", finished_run.dir.path, sql, "--json").out) == {"same": True}
+
+
 def test_views_of_stages_that_are_not_there_yet_are_empty(
     opd_cache: Callable[..., Outcome], half_sampled: Path
 ) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_cache.recipes import load_recipe
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -70,6 +72,13 @@ def test_the_readmes_own_loss_can_be_named_in_a_recipe(quickstart: Path) -> None
     result = bash(script, quickstart)
     assert result.returncode == 0, result.stderr
     assert (quickstart / "runs/own/episode=0/policy/_COMPLETE.json").exists()
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "teachers.yaml").write_text(snippet)
+    recipe = load_recipe(["gsm8k_qwen", str(tmp_path / "teachers.yaml")])
+    assert recipe.learning_teachers() == ["main", "math", "hinted"]
 
 
 def test_the_tables_of_columns_are_those_of_the_schema() -> None:

@@ -4,7 +4,7 @@ so an evaluation can be inspected token by token like any episode; then the resp
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from opd_cache.config import ModelConfig, PromptsConfig
 from opd_cache.errors import ConfigError, MismatchError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.grade import grade, pass_at_k, response_of
+from opd_cache.learn.inputs import open_teaching
 from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prompts, take_in_prompts
 from opd_cache.rollout.samples import Sampler
 from opd_cache.rollout.stage import sample_shards
@@ -24,14 +25,13 @@ from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.score.scores import Scorer
 from opd_cache.score.stage import score_rollouts
 from opd_cache.stage import write_note
-from opd_cache.store.join import join_stages, read_rollouts
+from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import (
     RolloutPlan,
     SamplingPlan,
-    load_rollout_plan,
     publish_rollout_plan,
     rollout_shards,
-    score_shards,
+    score_parts,
     stage_command,
 )
 from opd_cache.store.publish import digest_file, publish_json, read_json
@@ -44,17 +44,17 @@ RESULTS, SUMMARY = "results.parquet", "summary.json"
 GRADING = ("answer_pattern", "reference_pattern", "n_samples_per_prompt", "greedy")  # keys of eval
 
 
-def evaluate_policy(run: Run, version: int, sampler: Sampler, teacher: str, scorer: Scorer) -> None:
-    """Evaluate the student after `version` episodes, reverse KL to the teacher included.
+def evaluate_policy(run: Run, version: int, sampler: Sampler, scorers: Mapping[str, Scorer]) -> None:
+    """Evaluate the student after `version` episodes, with its reverse KL to what it learns from: `scorers` by teacher.
 
     What is evaluated already is left alone. Raises MismatchError when that was another policy, or graded otherwise.
     """
-    _evaluate(run, f"policy={version}", version, run.policy_config(version), sampler, teacher, scorer)
+    _evaluate(run, f"policy={version}", version, run.policy_config(version), sampler, scorers)
 
 
 def evaluate_teacher(run: Run, teacher: str, sampler: Sampler) -> None:
     """Evaluate a teacher's own responses: the mark that the student should reach. The same rules hold."""
-    _evaluate(run, f"teacher={teacher}", -1, run.recipe.teachers[teacher], sampler, None, None)
+    _evaluate(run, f"teacher={teacher}", -1, run.recipe.teachers[teacher], sampler, {})
 
 
 def _evaluate(
@@ -63,8 +63,7 @@ def _evaluate(
     version: int,
     model: ModelConfig,
     sampler: Sampler,
-    teacher: str | None,
-    scorer: Scorer | None,
+    scorers: Mapping[str, Scorer],
 ) -> None:
     _take_in_prompts(run)
     folder = run.dir.evaluation(subject)
@@ -74,7 +73,7 @@ def _evaluate(
         return
     start = time.monotonic()
     if not (folder / RESULTS).exists():
-        rows = _sampled_and_graded(run, subject, version, model, sampler, teacher, scorer)
+        rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
         _publish_results(run, folder, rows, about)
     _publish_summary(run, subject, about)
     seconds = round(time.monotonic() - start, 4)
@@ -120,8 +119,7 @@ def _sampled_and_graded(
     version: int,
     model: ModelConfig,
     sampler: Sampler,
-    teacher: str | None,
-    scorer: Scorer | None,
+    scorers: Mapping[str, Scorer],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     tokenizer = load_tokenizer(run.recipe.student)
@@ -132,9 +130,9 @@ def _sampled_and_graded(
             target, plan, f"Set it back, or move {run.dir.evaluation(subject)} out of evals/ to evaluate again."
         )
         sample_shards(run, target, plan, run.dir.eval_prompts, sampler, lambda: sampler.load_policy(model))
-        if mode == SAMPLED and teacher is not None and scorer is not None:
+        for teacher, scorer in scorers.items() if mode == SAMPLED else ():
             score_rollouts(run, target, teacher, scorer, top_k=0)
-        rows += _graded(run, target, plan, subject, mode, teacher, tokenizer)
+        rows += _graded(run, target, plan, subject, mode, bool(scorers), tokenizer)
     return rows
 
 
@@ -185,11 +183,11 @@ def _plan(run: Run, subject: str, mode: str, version: int, model: ModelConfig, d
 
 
 def _graded(
-    run: Run, target: RolloutSet, plan: RolloutPlan, subject: str, mode: str, teacher: str | None, tokenizer: Any
+    run: Run, target: RolloutSet, plan: RolloutPlan, subject: str, mode: str, is_scored: bool, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     options = run.recipe.eval
     prompts = read_prompts(run.dir.eval_prompts, plan.prompt_indices)
-    for rollout, reverse_kl in _rollouts_with_kl(target, plan, mode, teacher):
+    for rollout, reverse_kl in _rollouts_with_kl(run, target, plan, is_scored and mode == SAMPLED):
         prompt = prompts[rollout.prompt_index]
         is_correct, found = grade(
             response_of(rollout, prompt, tokenizer, options.answer_pattern, options.reference_pattern)
@@ -209,17 +207,22 @@ def _graded(
 
 
 def _rollouts_with_kl(
-    target: RolloutSet, plan: RolloutPlan, mode: str, teacher: str | None
+    run: Run, target: RolloutSet, plan: RolloutPlan, is_scored: bool
 ) -> Iterator[tuple[Rollout, float | None]]:
-    """Every rollout with its summed student − teacher log-prob, where a teacher scored it."""
+    """Every rollout with its summed student − teacher log-prob, where it was scored."""
     shards = rollout_shards(target, plan)
-    if mode == GREEDY or teacher is None:
+    if not is_scored:
         for shard in range(plan.num_shards):
             yield from ((rollout, None) for rollout in read_rollouts(shards, shard))
         return
-    for rollout, score in join_stages(shards, score_shards(target, load_rollout_plan(target), teacher)):
-        student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
-        yield rollout, None if score.error is not None else float((student.astype("f8") - score.teacher_logprobs).sum())
+    teaching = open_teaching(run.recipe, target, plan, needs_topk=False)
+    scores = [score_parts(target, plan, name) for name in teaching.names]
+    for shard in range(plan.num_shards):
+        for rollout, row in join_teachers(shards, scores, shard):
+            score = teaching.combine(rollout, row)
+            student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
+            difference = student.astype("f8") - score.teacher_logprobs if score.error is None else None
+            yield rollout, None if difference is None else float(difference.sum())
 
 
 def _publish_results(run: Run, folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:

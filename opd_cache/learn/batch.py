@@ -8,7 +8,7 @@ global batch and comes to the same division, so that nothing has to be agreed up
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd_cache.models import padded
 from opd_cache.store.join import Joined
+from opd_cache.types import Rollout, Score
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,28 @@ def global_batches(rows: Iterable[Joined], sizes: Iterable[int]) -> Iterator[lis
 
 
 def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]:
-    """The rows that carry loss: scored, not empty and, where asked for, not truncated."""
+    """The rows that carry loss, as far as they are scored: not dropped, not empty and, where asked for, not truncated."""
     return [
-        (rollout, score)
+        (_scored_tokens(rollout, score), score)
         for rollout, score in batch
         if score.error is None
-        and len(rollout.response_ids) > 0
+        and not score.is_dropped
+        and len(score.teacher_logprobs) > 0
         and not (mask_truncated and rollout.finish_reason == "length")
     ]
+
+
+def _scored_tokens(rollout: Rollout, score: Score) -> Rollout:
+    """The rollout up to the last token with a score: what comes behind has no loss, and changes nothing before it."""
+    count, raw = len(score.teacher_logprobs), rollout.raw_logprobs
+    if count == len(rollout.response_ids):
+        return rollout
+    return replace(
+        rollout,
+        response_ids=rollout.response_ids[:count],
+        sampling_logprobs=rollout.sampling_logprobs[:count],
+        raw_logprobs=None if raw is None else raw[:count],
+    )
 
 
 def divide(lengths: Sequence[int], world: int, max_tokens: int, packed: bool) -> list[list[list[int]]]:

@@ -1,17 +1,23 @@
 """What an episode learns from: sealed rollouts and scores, checked against each other and against the recipe."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError, MissingInputError
+from opd_cache.learn.dropped import drop_condition
 from opd_cache.learn.losses import Loss
-from opd_cache.learn.stream import Source
+from opd_cache.learn.stream import Source, planned_rows
+from opd_cache.learn.teachers import Teaching, teaching_of
+from opd_cache.prompts.intake import read_fields
 from opd_cache.run import Run
-from opd_cache.run_dir import PLAN
+from opd_cache.run_dir import PLAN, RolloutSet
 from opd_cache.store.join import Joined
-from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
+from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts, stage_command
+from opd_cache.store.publish import digest_file
+from opd_cache.store.shards import ShardSet
 
 
 def open_sources(run: Run, episode: int, loss: Loss) -> tuple[list[Source], list[dict[str, object]]]:
@@ -19,40 +25,100 @@ def open_sources(run: Run, episode: int, loss: Loss) -> tuple[list[Source], list
     the plan says of each.
 
     Raises MissingInputError when some are not complete, MismatchError when they belong to other inputs than those that
-    are there, or lack what the loss needs.
+    are there, or lack what the loss needs, ConfigError when a row has no teacher or learn.drop_where is no condition.
     """
     first = max(0, episode - run.recipe.learn.replay_episodes)
-    opened = [_open_source(run, number, loss, is_own=number == episode) for number in range(episode, first - 1, -1)]
+    opened = [
+        open_source(run.recipe, run.dir.episode(number), number, loss) for number in range(episode, first - 1, -1)
+    ]
+    policy, found = opened[0][1]["policy"], run.policy_fingerprint(episode)
+    if not run.is_replay and policy != found:
+        target = run.dir.episode(episode)
+        raise MismatchError(
+            f"{target.plan}: sampled by policy {str(policy)[:12]}, but the policy of version {episode} is {found[:12]}. Move {target.path} away and run: {stage_command('rollout', target)}"
+        )
     return [source for source, _ in opened], [facts for _, facts in opened]
 
 
-def _open_source(run: Run, episode: int, loss: Loss, is_own: bool) -> tuple[Source, dict[str, object]]:
-    target, teacher = run.dir.episode(episode), run.recipe.learning_teacher()
-    for path, stage in ((target.plan, "rollout"), (target.scores(teacher) / PLAN, "score")):
+def open_source(recipe: Recipe, target: RolloutSet, episode: int, loss: Loss) -> tuple[Source, dict[str, object]]:
+    """An episode's rollouts with the scores that the recipe learns from, and what the plan says of them."""
+    check_asked_for(target, recipe.learning_teachers())
+    plan = load_rollout_plan(target)
+    rollouts = rollout_shards(target, plan)
+    seal = rollouts.open_seal()
+    scores = {name: open_scores(target, plan, seal, name) for name in recipe.learning_teachers()}
+    check_needs(recipe, loss, plan, [parts[0] for parts in scores.values()])
+    source = Source(
+        episode,
+        rollouts,
+        tuple(scores.values()),
+        plan.num_rollouts,
+        plan.n_samples_per_prompt,
+        open_teaching(recipe, target, plan, loss.needs_topk),
+        target.prompts,
+        recipe.learn.drop_where,
+    )
+    _check_rows(source, loss)
+    seals = {shards.folder.name: digest_file(shards.seal_path) for parts in source.scores for shards in parts}
+    only = next(iter(seals.values()))
+    facts = {"episode": episode, "policy": plan.policy, "rollouts": seal, "scores": only if len(seals) == 1 else seals}
+    return source, facts
+
+
+def check_asked_for(target: RolloutSet, teachers: Sequence[str]) -> None:
+    """Refuse an episode whose rollouts, or whose scores by one of these teachers, nobody asked for yet."""
+    plans = [(target.plan, "rollout"), *((target.scores(name) / PLAN, "score") for name in teachers)]
+    for path, stage in plans:
         if not path.exists():
             raise MissingInputError(f"{path}: not there. Run: {stage_command(stage, target)}")
-    plan = load_rollout_plan(target)
-    rollouts, scores = rollout_shards(target, plan), score_shards(target, plan, teacher)
-    rollouts_seal, scores_seal = rollouts.open_seal(), scores.open_seal()
-    if scores.about["rollouts"] != rollouts_seal:
-        raise MismatchError(
-            f"{scores.folder}: the scores were made from other rollouts than {rollouts.folder} now holds. Move the folder away and run: {scores.remedy}"
-        )
-    if is_own and not run.is_replay and plan.policy != (found := run.policy_fingerprint(episode)):
-        raise MismatchError(
-            f"{target.plan}: sampled by policy {plan.policy[:12]}, but the policy of version {episode} is {found[:12]}. Move {target.path} away and run: {rollouts.remedy}"
-        )
-    check_needs(run.recipe, loss, plan, scores.about["top_k"], str(scores.folder))
-    facts = {"episode": episode, "policy": plan.policy, "rollouts": rollouts_seal, "scores": scores_seal}
-    return Source(episode, rollouts, scores, plan.num_rollouts, plan.n_samples_per_prompt), facts
 
 
-def check_needs(recipe: Recipe, loss: Loss, plan: RolloutPlan, top_k: int, scores: str) -> None:
+def open_scores(target: RolloutSet, plan: RolloutPlan, rollouts_seal: str, teacher: str) -> tuple[ShardSet, ...]:
+    """One teacher's sealed scores of these rollouts, all parts that were asked for.
+
+    Raises MissingInputError, MismatchError, CorruptShardError.
+    """
+    parts = score_parts(target, plan, teacher)
+    for scores in parts:
+        scores.open_seal()
+        if scores.about["rollouts"] != rollouts_seal:
+            raise MismatchError(
+                f"{scores.folder}: the scores were made from other rollouts than {target.rollouts} now holds. Move the folder away and run: {scores.remedy}"
+            )
+    return parts
+
+
+def open_teaching(recipe: Recipe, target: RolloutSet, plan: RolloutPlan, needs_topk: bool) -> Teaching:
+    """Whom each prompt of the plan is learned from. Raises ConfigError where a prompt has no route."""
+    fields = read_fields(target.prompts, plan.prompt_indices) if recipe.learn.routes else {}
+    return teaching_of(recipe, fields, needs_topk)
+
+
+def _check_rows(source: Source, loss: Loss) -> None:
+    """Refuse what can be told only from the rows: a drop_where that is no condition on them, top k that cannot be mixed.
+
+    The latter reads all scores once; the first rows nearly always tell. Raises ConfigError, MismatchError.
+    """
+    if source.drop_where is not None:
+        drop_condition(source.drop_where, source.rollouts, source.prompts)
+    if source.teaching.weights and loss.needs_topk:
+        for _ in planned_rows([replace(source, drop_where=None)], epochs=1, cursor=0):
+            pass
+
+
+def check_needs(recipe: Recipe, loss: Loss, plan: RolloutPlan, scores: Sequence[ShardSet]) -> None:
     """Refuse a loss that needs what the cache does not have. Raises MismatchError."""
     name = recipe.learn.loss.name
-    if loss.needs_topk and not top_k:
+    widths = {shards.folder: shards.about["top_k"] for shards in scores}
+    if loss.needs_topk and not all(widths.values()):
+        folder = next(folder for folder, width in widths.items() if not width)
         raise MismatchError(
-            f"learn.loss.name = {name!r} needs the teacher's top k, but {scores} was scored with score.top_k=0. Use reverse_kl_pg, or score again with score.top_k=8 in another run_dir."
+            f"learn.loss.name = {name!r} needs the teacher's top k, but {folder} was scored with score.top_k=0. Use reverse_kl_pg, or score again with score.top_k=8 in another run_dir."
+        )
+    if loss.needs_topk and len({*widths.values()}) > 1:
+        listed = ", ".join(f"{folder.name} has {width}" for folder, width in widths.items())
+        raise MismatchError(
+            f"learn.loss.name = {name!r} needs as many top k of every teacher; {listed}. Use reverse_kl_pg, or score again with one score.top_k in another run_dir."
         )
     if loss.needs_reward and plan.reward is None:
         raise MismatchError(

@@ -23,8 +23,9 @@ NOT_IN_THE_PLAN = (
     "keep_every",
     "loggers",
     "collective_timeout_s",
-    "teacher",
 )
+# In the plan as teachers.teaching_facts gives them.
+TEACHING = ("teacher", "teachers", "mixing", "routes", "route_by", "drop_where")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def plan_learning(
 
 def plan_facts(plan: LearnPlan, config: LearnConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """What learn/plan.json says."""
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_PLAN}
+    settings = {key: value for key, value in asdict(config).items() if key not in (*NOT_IN_THE_PLAN, *TEACHING)}
     # At a constant rate the run's length changes nothing, and more episodes may be asked for at any time.
     total = None if config.lr_schedule == "constant" else plan.total_steps
     return {**asdict(plan), "total_steps": total, **inputs, "settings": settings}

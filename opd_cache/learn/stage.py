@@ -36,6 +36,7 @@ from opd_cache.learn.step import Trainer
 from opd_cache.learn.stop import StopRequest, noted_signals
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
 from opd_cache.learn.student import on_device
+from opd_cache.learn.teachers import teaching_facts
 from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
 from opd_cache.run import Run
@@ -103,7 +104,7 @@ def _open_lesson(run: Run, episode: int) -> Lesson | None:
     folder = run.dir.learn(episode)
     identity = {"schema_version": SCHEMA_VERSION, "run_id": run.run_id}
     parent = run.policy_fingerprint(episode)
-    inputs = {"teacher": run.recipe.learning_teacher(), "policy": parent, "sources": facts}
+    inputs = {**teaching_facts(run.recipe), "policy": parent, "sources": facts}
     content = {**identity, "episode": episode, **plan_facts(plan, run.recipe.learn, inputs)}
     remedy = f"Set it back, or move {folder} away to learn the episode again."
     digest = publish_json(folder / PLAN, content, f"the learning of episode {episode}", remedy)

@@ -114,6 +114,7 @@ class Trainer:
             "response_length": float(np.mean([len(rollout.response_ids) for rollout, _ in batch])),
             "truncated_share": float(np.mean([rollout.finish_reason == "length" for rollout, _ in batch])),
             "error_share": float(np.mean([score.error is not None for _, score in batch])),
+            "dropped_share": float(np.mean([score.is_dropped for _, score in batch])),
         }
 
 

@@ -4,9 +4,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from opd_cache.store.join import Joined, join_stages
+from opd_cache.learn.dropped import drop_condition, marked_rows
+from opd_cache.learn.teachers import Teaching
+from opd_cache.store.join import Joined, join_teachers, shards_from
 from opd_cache.store.shards import ShardSet
 
 T = TypeVar("T")
@@ -14,13 +17,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """The sealed rollouts of one episode and one teacher's scores of them."""
+    """The sealed rollouts of one episode, their scores, and which of them are learned from."""
 
     episode: int
     rollouts: ShardSet
-    scores: ShardSet
+    scores: tuple[tuple[ShardSet, ...], ...]  # the parts of each teacher's, in the order of teaching.names
     num_rows: int
     rows_per_prompt: int
+    teaching: Teaching
+    prompts: Path  # which the rollouts' prompt_index means
+    drop_where: str | None = None
 
 
 def planned_rows(sources: Sequence[Source], epochs: int, cursor: int) -> Iterator[Joined]:
@@ -40,7 +46,7 @@ def _one_epoch(sources: Sequence[Source], start: int) -> Iterator[Joined]:
         taken[index] += count
     else:
         return
-    streams = [join_stages(source.rollouts, source.scores, rows) for source, rows in zip(sources, taken, strict=True)]
+    streams = [_source_rows(source, rows) for source, rows in zip(sources, taken, strict=True)]
     for row in range(count):
         joined = next(streams[index])
         if row >= skip:
@@ -50,6 +56,18 @@ def _one_epoch(sources: Sequence[Source], start: int) -> Iterator[Joined]:
             yield next(streams[index])
     for stream in streams:
         next(stream, None)  # a stream that ends checks that its files end, too
+
+
+def _source_rows(source: Source, start: int) -> Iterator[Joined]:
+    """Every rollout of the source from row `start` on, with the one score that it is learned from."""
+    rollouts, teaching = source.rollouts, source.teaching
+    condition = None if source.drop_where is None else drop_condition(source.drop_where, rollouts, source.prompts)
+    for shard, first in shards_from(rollouts, start):
+        rows = join_teachers(rollouts, source.scores, shard, first)
+        if condition is None:
+            yield from ((rollout, teaching.combine(rollout, scores)) for rollout, scores in rows)
+        else:
+            yield from marked_rows(rows, teaching, condition, rollouts, shard, source.prompts)
 
 
 def _merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import re
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,23 +12,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from opd_cache.config import PromptsConfig
-from opd_cache.errors import PromptError
+from opd_cache.errors import MismatchError, PromptError
+from opd_cache.prompts.encode import (
+    PROMPTS_PER_BATCH,
+    SURROGATE,
+    Encoder,
+    Fault,
+    fill_template,
+    is_no_text,
+    named_fields,
+    user_turn,
+)
 from opd_cache.prompts.sources import read_records
 from opd_cache.schema import PROMPTS, arrow_schema
 from opd_cache.store.rows import split_lists
 from opd_cache.store.shards import footer_of, open_parquet, publish_table, read_row_group
-from opd_cache.types import Prompt
+from opd_cache.types import Int32Array, Prompt
 
 log = logging.getLogger(__name__)
 ROWS_PER_GROUP = 4096
-CANDIDATES_PER_BATCH = 1024
 MAX_ID_CHARACTERS = 256
-MAX_NAMED_FIELDS = 20
-PLACE = re.compile(r"\{(\w+)\}")
-# JSON can spell half of a surrogate pair, which is no character: no tokenizer and no Parquet file takes it.
-SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_FIELD_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class _Candidate:
     text: str
     messages: list[dict[str, Any]] | None
     answer: str | None
+    fields: str
 
 
 def take_in_prompts(config: PromptsConfig, tokenizer: Any, num_embeddings: int, final: Path) -> None:
@@ -48,6 +56,14 @@ def take_in_prompts(config: PromptsConfig, tokenizer: Any, num_embeddings: int, 
     Raises PromptError with file and line at the first bad prompt, unless the recipe says to skip and count them.
     """
     skipped: dict[str, int] = {}
+    encoder = Encoder(
+        tokenizer,
+        num_embeddings,
+        "the student",
+        "prompts",
+        config.apply_chat_template,
+        config.chat_template_kwargs,
+    )
 
     def refuse_or_skip(place: str, fault: str, kind: str) -> None:
         if config.on_bad_prompt == "refuse":
@@ -55,7 +71,7 @@ def take_in_prompts(config: PromptsConfig, tokenizer: Any, num_embeddings: int, 
         skipped[kind] = skipped.get(kind, 0) + 1
 
     def batches() -> Iterator[pa.RecordBatch]:
-        tokenized = _tokenized(_candidates(config, refuse_or_skip), config, tokenizer, num_embeddings, refuse_or_skip)
+        tokenized = _tokenized(_candidates(config, refuse_or_skip), encoder, config, refuse_or_skip)
         rows = enumerate(tokenized)
         schema = arrow_schema(PROMPTS)
         count = 0
@@ -89,7 +105,7 @@ def _candidates(config: PromptsConfig, refuse: Any) -> Iterator[_Candidate]:
             continue
         given = record.get(config.id_key)
         prompt_id = f"line-{number}" if given is None else str(given)
-        if len(prompt_id) > MAX_ID_CHARACTERS or not prompt_id.isprintable() or not prompt_id or _is_no_text(given):
+        if len(prompt_id) > MAX_ID_CHARACTERS or not prompt_id.isprintable() or not prompt_id or is_no_text(given):
             refuse(
                 place,
                 f"{config.id_key!r} must be a text or number of 1-{MAX_ID_CHARACTERS} printable characters",
@@ -101,45 +117,45 @@ def _candidates(config: PromptsConfig, refuse: Any) -> Iterator[_Candidate]:
             continue
         seen[prompt_id] = place
         answer = record.get(config.answer_key)
-        if _is_no_text(answer):
+        if is_no_text(answer):
             refuse(place, f"{config.answer_key!r} must be a text or a number", "with a bad answer")
             continue
-        yield _Candidate(place, prompt_id, text, messages, None if answer is None else str(answer))
+        yield _Candidate(place, prompt_id, text, messages, None if answer is None else str(answer), _fields_of(record))
 
 
-def _is_no_text(value: Any) -> bool:
-    """Whether its text would be Python's and not the source's: true → True, a list → its repr."""
-    return isinstance(value, bool | bytes | list | dict) or (isinstance(value, str) and bool(SURROGATE.search(value)))
+def _fields_of(record: dict[str, Any]) -> str:
+    """The record's scalars as JSON. What JSON or UTF-8 cannot hold stays behind, and so does a text too long to be one
+    of a prompt's facts."""
+    kept = {name: value for name, value in record.items() if not SURROGATE.search(name) and _is_plain(value)}
+    return json.dumps(kept, ensure_ascii=False)
 
 
-def _fields(record: dict[str, Any]) -> str:
-    names = [repr(name) for name in islice(record, MAX_NAMED_FIELDS)]
-    return ", ".join(names + ["..."] * (len(record) > MAX_NAMED_FIELDS)) or "nothing"
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_FIELD_CHARACTERS and not SURROGATE.search(value)
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _prompt_of(record: dict[str, Any], config: PromptsConfig) -> tuple[str | None, str, list[dict[str, Any]] | None]:
     """(fault or None, text, chat messages or None) of one record."""
+    text: Any
     if config.template is not None:
-        for name in PLACE.findall(config.template):
-            if name not in record:
-                return f"prompts.template needs the field {name!r}; found: {_fields(record)}", "", None
-            if record[name] is None or _is_no_text(record[name]):
-                return f"{name!r} must be a text or a number, since prompts.template uses it", "", None
-        text: Any = PLACE.sub(lambda match: str(record[match.group(1)]), config.template)
+        fault, text = fill_template(config.template, record, "prompts.template")
+        if fault:
+            return fault, "", None
     elif config.prompt_key in record:
         text = record[config.prompt_key]
     elif config.messages_key in record:
         return _messages_of(record[config.messages_key], config)
     else:
-        return f"no {config.prompt_key!r} and no {config.messages_key!r}; found: {_fields(record)}", "", None
+        return f"no {config.prompt_key!r} and no {config.messages_key!r}; found: {named_fields(record)}", "", None
     if not isinstance(text, str):
         return f"{config.prompt_key!r} must be a text", "", None
     if not text.strip():
         return "the prompt is empty", "", None
     if not config.apply_chat_template:
         return None, text, None
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
-    return None, text, [*system, {"role": "user", "content": text}]
+    return None, text, user_turn(text, config.system_prompt)
 
 
 def _messages_of(messages: Any, config: PromptsConfig) -> tuple[str | None, str, list[dict[str, Any]] | None]:
@@ -163,61 +179,24 @@ def _messages_of(messages: Any, config: PromptsConfig) -> tuple[str | None, str,
 
 
 def _tokenized(
-    candidates: Iterable[_Candidate], config: PromptsConfig, tokenizer: Any, num_embeddings: int, refuse: Any
+    candidates: Iterable[_Candidate], encoder: Encoder, config: PromptsConfig, refuse: Any
 ) -> Iterator[tuple[_Candidate, list[int]]]:
     """(prompt, its token ids) of every good prompt, until prompts.limit of them were given; no line is read after it."""
     iterator, wanted = iter(candidates), config.limit or sys.maxsize
-    while group := list(islice(iterator, min(CANDIDATES_PER_BATCH, wanted))):
-        for candidate, ids in _encoded(group, config, tokenizer, refuse):
-            if config.max_prompt_tokens is not None and len(ids) > config.max_prompt_tokens:
+    while group := list(islice(iterator, min(PROMPTS_PER_BATCH, wanted))):
+        encoded = encoder.encode([(candidate.text, candidate.messages) for candidate in group])
+        for candidate, ids in zip(group, encoded, strict=True):
+            if isinstance(ids, Fault):
+                refuse(candidate.place, ids.said, ids.kind)
+            elif config.max_prompt_tokens is not None and len(ids) > config.max_prompt_tokens:
                 refuse(
                     candidate.place,
                     f"the prompt has {len(ids)} tokens, more than prompts.max_prompt_tokens = {config.max_prompt_tokens}",
                     "too long",
                 )
-            elif not ids:
-                refuse(candidate.place, "the prompt has no tokens", "empty")
-            elif max(ids) >= num_embeddings:
-                refuse(
-                    candidate.place,
-                    f"the prompt has token id {max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r}), the student has {num_embeddings} embeddings",
-                    "with an unknown token",
-                )
-            elif ids[:2] == [tokenizer.bos_token_id] * 2:
-                refuse(
-                    candidate.place,
-                    f"the prompt begins with {tokenizer.bos_token!r} twice; leave it out where the tokenizer or the chat template adds it",
-                    "with a second BOS",
-                )
             else:
                 wanted -= 1
                 yield candidate, ids
-
-
-def _encoded(
-    group: list[_Candidate], config: PromptsConfig, tokenizer: Any, refuse: Any
-) -> Iterator[tuple[_Candidate, list[int]]]:
-    if not config.apply_chat_template:
-        yield from zip(group, tokenizer([candidate.text for candidate in group])["input_ids"], strict=True)
-        return
-    from jinja2 import TemplateError
-
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise PromptError("prompts.apply_chat_template is true, but the student's tokenizer has no chat template.")
-    for candidate in group:
-        try:
-            ids = tokenizer.apply_chat_template(
-                candidate.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **config.chat_template_kwargs,
-            )
-        except TemplateError as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            refuse(candidate.place, f"the chat template fails ({reason})", "refused by the chat template")
-            continue
-        yield candidate, ids
 
 
 def _batch(group: list[tuple[int, tuple[_Candidate, list[int]]]], schema: pa.Schema) -> pa.RecordBatch:
@@ -228,6 +207,7 @@ def _batch(group: list[tuple[int, tuple[_Candidate, list[int]]]], schema: pa.Sch
         "num_prompt_tokens": [len(ids) for _, (_, ids) in group],
         "prompt_ids": [ids for _, (_, ids) in group],
         "answer": [candidate.answer for _, (candidate, _) in group],
+        "fields": [candidate.fields for _, (candidate, _) in group],
     }
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
@@ -243,21 +223,51 @@ def count_prompts(path: Path) -> int:
         return file.metadata.num_rows
 
 
+def require_fields(path: Path) -> None:
+    """Refuse a prompts file of an opd-cache that did not keep the source's fields. Raises MismatchError."""
+    with open_parquet(path) as file:
+        if "fields" not in file.schema_arrow.names:
+            raise MismatchError(
+                f"{path}: has no column 'fields'; an older opd-cache took the prompts in. Choose another run_dir to take them in again."
+            )
+
+
 def read_prompts(path: Path, indices: Iterable[int]) -> dict[int, Prompt]:
     """The asked-for prompts by index; only their row groups are read."""
+    rows = _rows_at(path, indices, ["prompt_id", "prompt_ids", "answer"])
+    return {index: Prompt(index, *row) for index, row in rows.items()}
+
+
+def read_prompt_ids(path: Path, indices: Iterable[int]) -> dict[int, Int32Array]:
+    """Their token ids alone, of a file of prompts or of a teacher's prompts."""
+    return {index: ids for index, (ids,) in _rows_at(path, indices, ["prompt_ids"]).items()}
+
+
+def read_fields(path: Path, indices: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+    """(prompt_id, fields of the source record) by index. Raises MismatchError where the prompts came without fields."""
+    require_fields(path)
+    rows = _rows_at(path, indices, ["prompt_id", "fields"])
+    return {index: (prompt_id, json.loads(fields)) for index, (prompt_id, fields) in rows.items()}
+
+
+def read_prompt_table(path: Path, indices: Iterable[int]) -> pa.Table:
+    """The asked-for rows with all their columns, one row group in memory at a time."""
+    wanted = pa.array(sorted(set(indices)), pa.int32())
+    with open_parquet(path) as file:
+        tables = [file.schema_arrow.empty_table()]
+        for group in sorted({index // ROWS_PER_GROUP for index in wanted.to_pylist()}):
+            table = read_row_group(file, path, group)
+            tables.append(table.filter(pc.is_in(table["prompt_index"], wanted)))
+    return pa.concat_tables(tables)
+
+
+def _rows_at(path: Path, indices: Iterable[int], columns: list[str]) -> dict[int, tuple[Any, ...]]:
+    """The values of these columns by prompt_index."""
     wanted = sorted(set(indices))
-    found: dict[int, Prompt] = {}
+    found: dict[int, tuple[Any, ...]] = {}
     with open_parquet(path) as file:
         for group in sorted({index // ROWS_PER_GROUP for index in wanted}):
-            table = read_row_group(file, path, group, ["prompt_index", "prompt_id", "prompt_ids", "answer"])
-            ids = split_lists(table, "prompt_ids")
-            rows = zip(
-                table["prompt_index"].to_pylist(),
-                table["prompt_id"].to_pylist(),
-                ids,
-                table["answer"].to_pylist(),
-                strict=True,
-            )
-            for index, prompt_id, prompt_ids, answer in rows:
-                found[index] = Prompt(index, prompt_id, prompt_ids, answer)
+            table = read_row_group(file, path, group, ["prompt_index", *columns])
+            values = [split_lists(table, name) if name == "prompt_ids" else table[name].to_pylist() for name in columns]
+            found.update(zip(table["prompt_index"].to_pylist(), zip(*values, strict=True), strict=True))
     return {index: found[index] for index in wanted}

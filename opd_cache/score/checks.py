@@ -16,16 +16,17 @@ REPEATS_TO_16_BITS = (0.5, 0.1)
 
 
 class GapWatch:
-    """Mean student − teacher log-prob of a shard's tokens."""
+    """Mean student − teacher log-prob of a shard's tokens, which begin at `first_token` of the responses."""
 
-    def __init__(self, max_gap: float | None) -> None:
-        self.max_gap = max_gap
+    def __init__(self, max_gap: float | None, first_token: int = 0) -> None:
+        self.max_gap, self.first_token = max_gap, first_token
         self.total, self.tokens = 0.0, 0
 
     def add(self, rollout: Rollout, score: Score) -> None:
         if score.error is not None:
             return
         student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
+        student = student[self.first_token : self.first_token + len(score.teacher_logprobs)]
         # A teacher's −inf is legitimate for one token, and would hide all others.
         gaps = student.astype(np.float64) - np.maximum(score.teacher_logprobs, -100.0)
         self.total += float(gaps.sum())

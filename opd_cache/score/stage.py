@@ -1,19 +1,23 @@
 """The score stage: for every missing shard, give each rollout its teacher's log-probs and publish them beside it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from opd_cache import registry
-from opd_cache.config import ScoreConfig
-from opd_cache.errors import MissingInputError, StoreError, TryAgainError
+from opd_cache.config import ScoreConfig, TeacherConfig
+from opd_cache.errors import MismatchError, MissingInputError, StoreError
 from opd_cache.fingerprint import model_folder
 from opd_cache.logs import StageProgress
+from opd_cache.prompts.intake import read_prompt_ids
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
-from opd_cache.run_dir import PLAN, RolloutSet
+from opd_cache.run_dir import RolloutSet
 from opd_cache.score.checks import GapWatch, check_repeats
+from opd_cache.score.inputs import fingerprint_of, first_token_to_score, own_prompts
 from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores, UnfitScoresError
 from opd_cache.stage import EVERYTHING, Share, make_shards
 from opd_cache.store.join import read_rollouts, score_fault
@@ -25,18 +29,17 @@ from opd_cache.store.plans import (
     score_shards,
     stage_command,
 )
-from opd_cache.store.publish import read_json
+from opd_cache.store.publish import digest_file
 from opd_cache.store.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_TOPK, group_sizes, score_batch
 from opd_cache.store.shards import ShardSet
-from opd_cache.types import Rollout, Score
+from opd_cache.types import Int32Array, Rollout, Score
 
 log = logging.getLogger(__name__)
 FAULTS_SHOWN = 3  # in one error line
 
 
-def new_scorer(run: Run, teacher: str) -> Scorer:
-    """The scorer of one of the recipe's teachers, without a model yet."""
-    config = run.recipe.teachers[teacher]
+def new_scorer(run: Run, config: TeacherConfig) -> Scorer:
+    """The scorer of a teacher, as `Run.teacher_config` gives it, without a model yet."""
     name = config.scorer or run.recipe.score.scorer
     return registry.load(registry.SCORERS, name, "score.scorer")(config, run.recipe.score)
 
@@ -53,35 +56,54 @@ def score_episode(run: Run, episode: int, teacher: str, scorer: Scorer, share: S
     Raises MissingInputError when the rollouts are not complete, MismatchError when the teacher was asked for
     something else before, ModelError when its vocabulary is another.
     """
-    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, run.recipe.score.top_k, share)
+    options = run.recipe.score
+    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, options.top_k, share, options.horizon)
 
 
 def score_rollouts(
-    run: Run, target: RolloutSet, teacher: str, scorer: Scorer, top_k: int, share: Share = EVERYTHING
+    run: Run,
+    target: RolloutSet,
+    teacher: str,
+    scorer: Scorer,
+    top_k: int,
+    share: Share = EVERYTHING,
+    horizon: int | None = None,
 ) -> bool:
-    """Make the missing score shards of one plan's rollouts."""
+    """Make the missing score shards of one plan's rollouts, of the tokens up to `horizon` that have no score yet."""
     if not target.plan.exists():
         raise MissingInputError(f"{target.path}: no rollouts yet. Run: {stage_command('rollout', target)}")
     plan = load_rollout_plan(target)
     rollouts = rollout_shards(target, plan)
-    config = run.recipe.teachers[teacher]
+    seal = rollouts.open_seal()
+    config = run.teacher_config(teacher, plan.policy_version)
+    fingerprint = fingerprint_of(target, plan, teacher, scorer)
+    if run.recipe.teachers[teacher].policy == "current" and fingerprint != plan.policy:
+        raise MismatchError(
+            f"{target.plan}: sampled by policy {plan.policy[:12]}, but policy version {plan.policy_version} of this run is {fingerprint[:12]}; teachers.{teacher}.model = 'policy:current' means the one that sampled. Name a model folder instead."
+        )
+    first_token = first_token_to_score(target, teacher, horizon)
+    prompts = own_prompts(run, target, plan, teacher, config)
     facts = {
         "teacher": teacher,
-        "teacher_fingerprint": _fingerprint(target, plan, teacher, scorer),
+        "teacher_fingerprint": fingerprint,
         "scorer": config.scorer or run.recipe.score.scorer,
         "dtype": scorer.dtype,
         "top_k": top_k,
-        "rollouts": rollouts.open_seal(),
+        "rollouts": seal,
+        "teacher_prompts": None if prompts is None else digest_file(prompts),
+        "first_token": first_token or None,
+        "horizon": horizon,
     }
     publish_score_plan(target, plan, facts)
-    scores = score_shards(target, plan, teacher)
+    scores = score_shards(target, plan, teacher, first_token)
     if share.of(scores.missing()):
         check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
-        _warn_of_other_eos(run, plan, teacher)
+        _warn_of_other_eos(plan, teacher, config)
         scorer.load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
-        return _score_shard(plan, rollouts, scores, shard, scorer, run.recipe.score, top_k, progress)
+        own_ids = {} if prompts is None else read_prompt_ids(prompts, plan.shard_prompts(shard))
+        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, run.recipe.score, progress)
 
     return make_shards(
         "score",
@@ -95,20 +117,8 @@ def score_rollouts(
     )
 
 
-def _fingerprint(target: RolloutSet, plan: RolloutPlan, teacher: str, scorer: Scorer) -> str:
-    """Which weights score. A teacher that cannot be asked now is waited for only where something is still to score."""
-    try:
-        return scorer.fingerprint()
-    except TryAgainError:
-        path = target.scores(teacher) / PLAN
-        if path.exists() and not score_shards(target, plan, teacher).missing():
-            return str(read_json(path)["teacher_fingerprint"])
-        scorer.load()
-        return scorer.fingerprint()
-
-
-def _warn_of_other_eos(run: Run, plan: RolloutPlan, teacher: str) -> None:
-    theirs = eos_ids(model_folder(run.recipe.teachers[teacher], with_weights=False))
+def _warn_of_other_eos(plan: RolloutPlan, teacher: str, config: TeacherConfig) -> None:
+    theirs = eos_ids(model_folder(config, with_weights=False))
     if theirs and not set(theirs) & set(plan.sampling.stop_token_ids):
         log.warning(
             "score   teacher %s ends its responses with token %s, the student with %s: the teacher will find the student's EOS unlikely. Set rollout.stop_token_ids where they mean the same.",
@@ -123,18 +133,22 @@ def _score_shard(
     rollouts: ShardSet,
     scores: ShardSet,
     shard: int,
+    own_ids: Mapping[int, Int32Array],
     scorer: Scorer,
     options: ScoreConfig,
-    top_k: int,
     progress: StageProgress,
 ) -> Iterator[pa.RecordBatch]:
-    """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts."""
-    limit = ROWS_PER_GROUP_TOPK if top_k else ROWS_PER_GROUP
-    reader, gaps = read_rollouts(rollouts, shard), GapWatch(options.max_gap)
+    """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts.
+
+    own_ids: the teacher's own prompts by prompt_index; empty where it sees the student's.
+    """
+    about = scores.about
+    limit = ROWS_PER_GROUP_TOPK if about["top_k"] else ROWS_PER_GROUP
+    reader, gaps = read_rollouts(rollouts, shard), GapWatch(options.max_gap, about.get("first_token") or 0)
     canary: tuple[Rollout, Score] | None = None
     for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
         rows = list(islice(reader, window))
-        scored = _score_window(rows, window, scorer, top_k, progress)
+        scored = _score_window(rows, window, own_ids, scorer, about, progress)
         for row, score in zip(rows, scored, strict=True):
             gaps.add(row, score)
         canary = canary or next(
@@ -147,15 +161,20 @@ def _score_shard(
     # The file gets its name only when this generator has ended well.
     gaps.check(str(scores.path(shard)))
     if canary is not None:
-        (again,) = _scores([canary[0]], scorer, top_k)
+        (again,) = _scores([canary[0]], own_ids, scorer, about)
         check_repeats(canary[1], again, scorer.dtype, str(scores.path(shard)))
 
 
 def _score_window(
-    rows: list[Rollout], expected: int, scorer: Scorer, top_k: int, progress: StageProgress
+    rows: list[Rollout],
+    expected: int,
+    own_ids: Mapping[int, Int32Array],
+    scorer: Scorer,
+    about: Mapping[str, Any],
+    progress: StageProgress,
 ) -> list[Score]:
     found: dict[int, Score] = {}
-    for scores in _scores(rows, scorer, top_k):
+    for scores in _scores(rows, own_ids, scorer, about):
         row = rows[scores.key]
         score = Score(
             row.rollout_id,
@@ -166,7 +185,7 @@ def _score_window(
             scores.topk_logprobs,
             scores.error,
         )
-        if fault := score_fault(row, score, top_k):
+        if fault := score_fault(row, score, about):
             raise StoreError(
                 f"the scorer ({scorer.engine}, {scorer.dtype}) gave {score.rollout_id}: {fault}; nothing was published."
             )
@@ -179,11 +198,15 @@ def _score_window(
     return [found[key] for key in range(expected)]
 
 
-def _scores(rows: list[Rollout], scorer: Scorer, top_k: int) -> Iterator[TokenScores]:
+def _scores(
+    rows: list[Rollout], own_ids: Mapping[int, Int32Array], scorer: Scorer, about: Mapping[str, Any]
+) -> Iterator[TokenScores]:
     """What the scorer gives, keyed by the row's place; where that is no scores, an error that names rollouts."""
-    requests = [ScoreRequest(key, row.prompt_ids, row.response_ids, row.prompt_index) for key, row in enumerate(rows)]
+    requests = [
+        _request(key, row, own_ids.get(row.prompt_index, row.prompt_ids), about) for key, row in enumerate(rows)
+    ]
     try:
-        yield from scorer.score(requests, top_k)
+        yield from scorer.score(requests, about["top_k"])
     except UnfitScoresError as error:
         first = "; ".join(
             f"{rows[key].rollout_id}: {fault}" for key, fault in islice(error.faults.items(), FAULTS_SHOWN)
@@ -194,3 +217,12 @@ def _scores(rows: list[Rollout], scorer: Scorer, top_k: int) -> Iterator[TokenSc
         raise StoreError(
             f"{len(error.faults)} of {len(rows)} rollouts got no scores ({scorer.engine}): {first}{more}. Nothing was published."
         ) from error
+
+
+def _request(key: int, row: Rollout, prompt_ids: Int32Array, about: Mapping[str, Any]) -> ScoreRequest:
+    """The tokens of a response that are to be scored. Those before them stand behind the prompt."""
+    first, horizon = about.get("first_token"), about.get("horizon")
+    if first is None:
+        return ScoreRequest(key, prompt_ids, row.response_ids[:horizon], row.prompt_index)
+    seen = np.concatenate([prompt_ids, row.response_ids[:first]])
+    return ScoreRequest(key, seen, row.response_ids[first:horizon], group=key)

@@ -1,7 +1,10 @@
 """Rollouts and scores side by side. Aligned shards are zipped, and every row is checked: id, ids hash, lengths, values."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,34 +23,72 @@ def join_stages(rollouts: ShardSet, scores: ShardSet, start_row: int = 0) -> Ite
     Memory: one row group of each side. Raises AlignmentError where a score belongs to another rollout,
     CorruptShardError on damage or impossible values.
     """
+    for shard, skip in shards_from(rollouts, start_row):
+        yield from join_shard(rollouts, scores, shard, skip)
+
+
+def shards_from(rollouts: ShardSet, start_row: int) -> Iterator[tuple[int, int]]:
+    """(shard, its first row that is wanted) of all shards with rows from row `start_row` of the whole stage on."""
     skip = start_row
     for shard in range(rollouts.num_shards):
         with rollouts.open(shard) as left:
             num_rows = left.metadata.num_rows
-        if skip >= num_rows:
-            skip -= num_rows
-            continue
-        yield from join_shard(rollouts, scores, shard, skip)
-        skip = 0
+        if skip < num_rows:
+            yield shard, skip
+        skip = max(0, skip - num_rows)
 
 
 def join_shard(rollouts: ShardSet, scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Joined]:
     """The joined rows of one shard, from `start_row` on."""
-    right = read_scores(scores, shard, start_row)
+    return ((rollout, row[0]) for rollout, row in join_teachers(rollouts, [[scores]], shard, start_row))
+
+
+def join_teachers(
+    rollouts: ShardSet, teachers: Sequence[Sequence[ShardSet]], shard: int, start_row: int = 0
+) -> Iterator[tuple[Rollout, list[Score]]]:
+    """The same with the scores of several teachers, in their order, each put together of its parts.
+
+    Memory: one row group of each part.
+    """
+    parts = [scores for teacher in teachers for scores in teacher]
+    rights = [read_scores(scores, shard, start_row) for scores in parts]
     count = start_row
     for rollout, ids_hash in _hashed_rollouts(rollouts, shard, start_row):
-        score = next(right, None)
-        if score is None:
-            raise AlignmentError(
-                f"{scores.path(shard)}: ends before row {count}, {rollout.rollout_id}. {_delete_and_run(scores)}"
-            )
-        _check_pair(rollout, ids_hash, score, scores, shard, count)
-        yield rollout, score
-        count += 1
-    if next(right, None) is not None:
-        raise AlignmentError(
-            f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
+        row = iter(
+            [
+                _checked(rollout, ids_hash, next(right, None), scores, shard, count)
+                for right, scores in zip(rights, parts, strict=True)
+            ]
         )
+        yield rollout, [_whole(list(islice(row, len(teacher)))) for teacher in teachers]
+        count += 1
+    for right, scores in zip(rights, parts, strict=True):
+        if next(right, None) is not None:
+            raise AlignmentError(
+                f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
+            )
+
+
+def _whole(parts: Sequence[Score]) -> Score:
+    """One score of its parts, or none where one of them is an error: as if all tokens had been scored at once."""
+    if len(parts) == 1:
+        return parts[0]
+    error = next((part.error for part in parts if part.error is not None), None)
+    kept = slice(0) if error is not None else slice(None)
+    return replace(
+        parts[0],
+        error=error,
+        teacher_logprobs=np.concatenate([part.teacher_logprobs for part in parts])[kept],
+        teacher_rank=np.concatenate([part.teacher_rank for part in parts])[kept],
+        topk_ids=np.concatenate([part.topk_ids for part in parts])[kept],
+        topk_logprobs=np.concatenate([part.topk_logprobs for part in parts])[kept],
+    )
+
+
+def num_scored(num_tokens: int, first_token: int | None, horizon: int | None) -> int:
+    """How many of a response's tokens lie from `first_token` (None: 0) up to `horizon` (None: the end)."""
+    end = num_tokens if horizon is None else min(num_tokens, horizon)
+    return max(0, end - (first_token or 0))
 
 
 def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterator[Rollout]:
@@ -132,19 +173,21 @@ def rollout_fault(rollout: Rollout) -> str | None:
     return None
 
 
-def score_fault(rollout: Rollout, score: Score, top_k: int) -> str | None:
-    """The same for the score of a rollout."""
-    return _length_fault(rollout, score, top_k) or _value_fault(score)
+def score_fault(rollout: Rollout, score: Score, about: Mapping[str, Any]) -> str | None:
+    """The same for the score of a rollout. `about`: top_k, and first_token and horizon where there are some."""
+    return _length_fault(rollout, score, about) or _value_fault(score)
 
 
-def _length_fault(rollout: Rollout, score: Score, top_k: int) -> str | None:
+def _length_fault(rollout: Rollout, score: Score, about: Mapping[str, Any]) -> str | None:
     """A score that says why it could not be made holds no lists to compare."""
     if score.error is not None:
         return None
-    num_tokens = len(rollout.response_ids)
+    first, horizon, top_k = about.get("first_token"), about.get("horizon"), about["top_k"]
+    num_tokens = num_scored(len(rollout.response_ids), first, horizon)
+    reach = "" if first is None and horizon is None else f", of which {num_tokens} are to be scored"
     for name in ("teacher_logprobs", "teacher_rank"):
         if len(getattr(score, name)) != num_tokens:
-            return f"{name} has {len(getattr(score, name))} values, response_ids has {num_tokens}"
+            return f"{name} has {len(getattr(score, name))} values, response_ids has {len(rollout.response_ids)}{reach}"
     for name in ("topk_ids", "topk_logprobs"):
         if getattr(score, name).shape != (num_tokens, top_k):
             return (
@@ -167,11 +210,17 @@ def _logprob_fault(values: np.ndarray, name: str) -> str | None:
     return None
 
 
-def _check_pair(rollout: Rollout, ids_hash: int, score: Score, scores: ShardSet, shard: int, row: int) -> None:
+def _checked(rollout: Rollout, ids_hash: int, score: Score | None, scores: ShardSet, shard: int, row: int) -> Score:
+    """The score, which is this rollout's. Raises AlignmentError."""
+    if score is None:
+        raise AlignmentError(
+            f"{scores.path(shard)}: ends before row {row}, {rollout.rollout_id}. {_delete_and_run(scores)}"
+        )
     if score.rollout_id != rollout.rollout_id or score.ids_hash != ids_hash:
         found = score.rollout_id if score.rollout_id != rollout.rollout_id else "other token ids"
         raise AlignmentError(
             f"{scores.path(shard)} row {row}: scores {found}, expected {rollout.rollout_id}. The scores were made from other rollouts; delete the file and its seal and run: {scores.remedy}"
         )
-    if fault := _length_fault(rollout, score, scores.about["top_k"]):
+    if fault := _length_fault(rollout, score, scores.about):
         raise AlignmentError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
+    return score

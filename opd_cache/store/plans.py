@@ -1,13 +1,19 @@
 """plan.json: what one episode or evaluation was asked to do. Immutable, so restarts and array widths cannot change it."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import CorruptShardError, MismatchError
 from opd_cache.run_dir import PLAN, SCHEMA_VERSION, RolloutSet
+from opd_cache.status import scored_parts
 from opd_cache.store.publish import digest_file, publish_json, read_json
 from opd_cache.store.rows import rollouts_schema, scores_schema
 from opd_cache.store.shards import ShardSet
+
+# In a scoring plan only where they say something: sha256 of the teacher's own prompts; and which tokens of a response
+# are scored, from first_token (else 0) up to the horizon (else the end).
+OPTIONAL_SCORE_FACTS = ("teacher_prompts", "first_token", "horizon")
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,14 @@ def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
     )
 
 
-def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str) -> ShardSet:
-    """The score shards of one teacher, as its published plan describes them."""
-    path = target.scores(teacher) / PLAN
+def score_parts(target: RolloutSet, plan: RolloutPlan, teacher: str) -> tuple[ShardSet, ...]:
+    """All score shards of one teacher: those of the first tokens, then those of the tokens behind them."""
+    return tuple(score_shards(target, plan, teacher, first) for first in scored_parts(target, teacher))
+
+
+def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str, first_token: int = 0) -> ShardSet:
+    """The score shards of one teacher from this token on, as their published plan describes them."""
+    path = target.scores(teacher, first_token) / PLAN
     content = read_json(path)
     about = {
         "run_id": plan.run_id,
@@ -114,7 +125,7 @@ def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str) -> ShardSe
         **_score_facts(content),
     }
     return ShardSet(
-        target.scores(teacher),
+        path.parent,
         plan.num_shards,
         scores_schema(content["top_k"]),
         about,
@@ -123,19 +134,33 @@ def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str) -> ShardSe
 
 
 def _score_facts(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: content[key] for key in ("teacher", "teacher_fingerprint", "scorer", "dtype", "top_k", "rollouts")}
+    facts = {key: content[key] for key in ("teacher", "teacher_fingerprint", "scorer", "dtype", "top_k", "rollouts")}
+    return {**facts, **{key: content[key] for key in OPTIONAL_SCORE_FACTS if content.get(key) is not None}}
 
 
 def publish_score_plan(target: RolloutSet, plan: RolloutPlan, facts: dict[str, Any]) -> None:
     """Publish what a teacher is asked for, or confirm that it was asked for the same before.
 
-    `facts`: teacher, teacher_fingerprint, scorer, dtype, top_k, and rollouts (digest of the rollouts' seal).
+    `facts`: teacher, teacher_fingerprint, scorer, dtype, top_k, rollouts (digest of the rollouts' seal), and those of
+    OPTIONAL_SCORE_FACTS that are not None.
     """
-    folder = target.scores(facts["teacher"])
+    folder = target.scores(facts["teacher"], facts.get("first_token") or 0)
+    if facts.get("first_token"):
+        _check_same_teacher(target.scores(facts["teacher"]) / PLAN, facts)
     content = {"schema_version": SCHEMA_VERSION, "run_id": plan.run_id, "scope": plan.scope, **_score_facts(facts)}
     publish_json(
         folder / PLAN, content, f"the scoring of {target.label}", f"Set it back, or move {folder} away to score again."
     )
+
+
+def _check_same_teacher(first_part: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on behind tokens that were scored otherwise. Raises MismatchError."""
+    found = read_json(first_part)
+    for key in {**_score_facts(found), **_score_facts(facts)}:
+        if key not in ("first_token", "horizon") and found.get(key) != facts.get(key):
+            raise MismatchError(
+                f"{first_part}: the first tokens were scored with {key} = {found.get(key)!r}, now {facts.get(key)!r}. Set it back, or move {first_part.parent} away to score again."
+            )
 
 
 def stage_command(stage: str, target: RolloutSet, teacher: str | None = None) -> str:

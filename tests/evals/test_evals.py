@@ -171,7 +171,7 @@ def copied(finished_run: Run, make_recipe: Callable[..., Recipe], tmp_path: Path
 
 
 def evaluate(run: Run, version: int = 1) -> None:
-    evaluate_policy(run, version, NoModel(), "main", NoModel())
+    evaluate_policy(run, version, NoModel(), {"main": NoModel()})
 
 
 def refusal(run: Run) -> str:

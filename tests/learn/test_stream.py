@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
+from opd_cache.learn.teachers import Teaching
 from opd_cache.run import Run
-from opd_cache.store.plans import load_rollout_plan, rollout_shards, score_shards
+from opd_cache.store.plans import load_rollout_plan, rollout_shards, score_parts
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,9 @@ def sources(finished_run: Run) -> list[Source]:
     for episode in (1, 0):
         target = finished_run.dir.episode(episode)
         plan = load_rollout_plan(target)
-        shards = rollout_shards(target, plan), score_shards(target, plan, "main")
-        found.append(Source(episode, *shards, plan.num_rollouts, plan.n_samples_per_prompt))
+        shards = rollout_shards(target, plan), (score_parts(target, plan, "main"),)
+        sizes = plan.num_rollouts, plan.n_samples_per_prompt
+        found.append(Source(episode, *shards, *sizes, Teaching(("main",)), target.prompts))
     return found
 
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,9 @@ def test_every_source_gives_the_same_rows(folder: Path, tokenizer: Any, kind: st
             "num_prompt_tokens": len(expected[index]),
             "prompt_ids": expected[index],
             "answer": record["answer"],
+            "fields": json.dumps(
+                {name: value for name, value in record.items() if value is not None}, ensure_ascii=False
+            ),
         }
         for index, record in enumerate(RECORDS)
     ]
@@ -156,6 +161,20 @@ def test_every_source_can_fill_a_template(folder: Path, tokenizer: Any, kind: st
     (row,) = taken(PromptsConfig(path=path, template="{first} + {second} + {first} = \\boxed{}?"), tokenizer)
     assert row["text"] == "3 + 4 + 3 = \\boxed{}?"
     assert decoded([row], tokenizer) == [row["text"]]
+
+
+def test_fields_hold_the_texts_numbers_and_booleans_of_the_record(folder: Path, tokenizer: Any) -> None:
+    plain = {"prompt": "sort ba:", "level": 3, "share": 0.25, "hard": True, "note": 'größe "😀" \n', "answer": "ab"}
+    others = {"none": None, "list": [1], "nested": {"a": 1}, "blob": "x" * 100_000, "half": "\ud800", "nan": math.nan}
+    (row,) = taken(PromptsConfig(path=write_source("jsonl", [plain | others])), tokenizer)
+    assert json.loads(row["fields"]) == plain
+    assert list(json.loads(row["fields"])) == list(plain)
+
+
+def test_fields_leave_out_what_a_parquet_source_holds_beside_them(folder: Path, tokenizer: Any) -> None:
+    record = {"prompt": "sort ba:", "when": datetime(2026, 1, 1), "image": b"\xff\xd8", "level": 3}
+    (row,) = taken(PromptsConfig(path=write_source("parquet", [record])), tokenizer)
+    assert json.loads(row["fields"]) == {"prompt": "sort ba:", "level": 3}
 
 
 def test_split_of_a_saved_dataset_is_chosen(folder: Path, tokenizer: Any) -> None:
