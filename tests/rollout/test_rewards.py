@@ -220,7 +220,7 @@ def test_caches_without_rewards_stay_as_they_were(finished_run: Run, tmp_path: P
     plan = load_rollout_plan(target)
     assert "reward" not in rollout_shards(target, plan).schema.names
     assert {row.reward for row in sampled(finished_run)} == {None}
-    old = type(target)(tmp_path, target.label, target.log_name)
+    old = replace(target, path=tmp_path)
     content = {key: value for key, value in read_json(target.plan).items() if key != "reward"}
     old.plan.write_text(json.dumps(content))
     assert asdict(load_rollout_plan(old)) == asdict(plan)
