@@ -63,11 +63,15 @@ class InlineStages:
 
         config = self.run.teacher_config(teacher, version)
         if self.scorer_configs.setdefault(teacher, config) != config:
-            self.scorers.pop(teacher, None)  # first, so that two models are never in memory
+            self._let_go(teacher)  # first, so that two models are never in memory
         if teacher not in self.scorers:
             self.scorers[teacher] = new_scorer(self.run, config)
             self.scorer_configs[teacher] = config
         return self.scorers[teacher]
+
+    def _let_go(self, teacher: str) -> None:
+        if (scorer := self.scorers.pop(teacher, None)) is not None:
+            scorer.close()
 
     def rollout(self, episode: int, **share: Any) -> bool:
         from opd_cache.rollout.stage import rollout_episode
@@ -77,8 +81,11 @@ class InlineStages:
     def score(self, episode: int, **share: Any) -> bool:
         from opd_cache.score.stage import score_episode, teachers_to_score
 
-        names = teachers_to_score(self.run)
-        sealed = [score_episode(self.run, episode, name, self.scorer(name, episode), **share) for name in names]
+        names, sealed = teachers_to_score(self.run), []
+        for name in names:
+            sealed.append(score_episode(self.run, episode, name, self.scorer(name, episode), **share))
+            if len(names) > 1:
+                self._let_go(name)  # one teacher at a time is in memory
         return all(sealed)
 
     def learn(self, episode: int) -> bool:

@@ -176,6 +176,8 @@ class NanScorer:
 
     def load(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
         for request in requests:
             values = np.full(len(request.response_ids), np.nan, np.float32)
@@ -238,3 +240,16 @@ def test_each_stage_needs_its_own_parts_only(
         ConfigError, match=r"rollout.sampler = 'not_here:Sampler' cannot be loaded: No module named 'not_here'"
     ):
         InlineStages(open_run(make_recipe(path, *elsewhere))).rollout(2)
+
+
+def test_of_several_teachers_one_at_a_time_is_in_memory(
+    task: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    more = [f"teachers.second.model={task}/student", "learn.teacher=main"]
+    stages = InlineStages(open_run(make_recipe(tmp_path / "run", *more)))
+    stages.rollout(0)
+    first = stages.scorer("main", 0)
+    assert stages.score(0)
+    assert stages.scorers == {}
+    assert first._model is None
+    assert len(list(tmp_path.glob("run/episode=0/scores/teacher=*/_SEALED.json"))) == 2

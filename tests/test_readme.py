@@ -74,11 +74,13 @@ def test_the_readmes_own_loss_can_be_named_in_a_recipe(quickstart: Path) -> None
     assert (quickstart / "runs/own/episode=0/policy/_COMPLETE.json").exists()
 
 
-def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "teachers.yaml").write_text(snippet)
-    recipe = load_recipe(["gsm8k_qwen", str(tmp_path / "teachers.yaml")])
-    assert recipe.learning_teachers() == ["main", "math", "hinted"]
+def test_the_recipes_of_the_readme_are_recipes(tmp_path: Path) -> None:
+    snippets = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    learned_from = []
+    for snippet in snippets:
+        (tmp_path / "more.yaml").write_text(snippet)
+        learned_from.append(load_recipe(["gsm8k_qwen", str(tmp_path / "more.yaml")]).learning_teachers())
+    assert learned_from == [["main"], ["main"], ["main", "math", "hinted"]]
 
 
 def test_the_tables_of_columns_are_those_of_the_schema() -> None:

@@ -74,6 +74,9 @@ class Scorer(Protocol):
         Raises UnfitScoresError when the backend's answers to some are no scores.
         """
 
+    def close(self) -> None:
+        """Give the teacher's memory back; load brings it again."""
+
 
 def no_scores(key: int, top_k: int, error: str | None = None) -> TokenScores:
     """The scores of a response without tokens, or of one that cannot be scored."""

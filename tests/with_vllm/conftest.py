@@ -13,7 +13,6 @@ if importlib.util.find_spec("vllm") is None:
 
 # Compiling a tiny model takes longer than all that it computes.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 
 # Enough for a tiny model; whole blocks of a prompt are shared.
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32, "enforce_eager": True}

@@ -48,7 +48,7 @@ def by_key(scorer: Scorer, rows: Sequence[ScoreRequest], top_k: int) -> dict[int
 def scorer(teacher_folder: Path) -> Iterator[VllmScorer]:
     scorer = VllmScorer(config(teacher_folder), ScoreConfig(top_k=TOP_K, vllm=VllmOptions(**SMALL)))
     yield scorer
-    scorer.loaded.close()
+    scorer.close()
 
 
 @pytest.mark.parametrize("top_k", [0, TOP_K])

@@ -91,6 +91,9 @@ class RandomScorer:
     def load(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def score(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[TokenScores]:
         rng = np.random.default_rng(0)
         for request in requests:

@@ -50,6 +50,9 @@ class HFScorer:
             )
         self._model = model
 
+    def close(self) -> None:
+        self._model = None
+
     @property
     def model(self) -> LanguageModel:
         self.load()

@@ -45,6 +45,9 @@ class HTTPScorer:
         identity = ["served", self.served.name, self.served.root, self.served.version]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
+    def close(self) -> None:
+        """The teacher's memory is its servers'."""
+
     def load(self) -> None:
         if self._vocab_size:
             return

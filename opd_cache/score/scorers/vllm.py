@@ -56,6 +56,11 @@ class VllmScorer:
             )
         self._engine = engine
 
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     @property
     def loaded(self) -> VllmEngine:
         self.load()
