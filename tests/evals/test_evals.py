@@ -17,6 +17,7 @@ from opd_cache.grade import extract, is_same_answer, pass_at_k
 from opd_cache.recipes import load_recipe
 from opd_cache.run import Run, open_run
 from opd_cache.run_dir import RunDir
+from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.status import evaluated_subjects
 
 
@@ -152,12 +153,16 @@ def test_no_eval_path_means_no_evaluation(make_recipe: Callable[..., Recipe], tm
 
 
 class NoModel:
-    """A sampler or scorer that must not be needed."""
+    """A sampler that must not be needed."""
 
     engine, dtype = "none", "float32"
 
     def load_policy(self, model: object) -> None:
         raise AssertionError("a model was loaded")
+
+
+class NoTeacher(HFScorer):
+    """A scorer that must not be needed."""
 
     def load(self) -> None:
         raise AssertionError("a model was loaded")
@@ -171,7 +176,8 @@ def copied(finished_run: Run, make_recipe: Callable[..., Recipe], tmp_path: Path
 
 
 def evaluate(run: Run, version: int = 1) -> None:
-    evaluate_policy(run, version, NoModel(), {"main": NoModel()})
+    teacher = NoTeacher(run.recipe.teachers["main"], run.recipe.score)
+    evaluate_policy(run, version, NoModel(), {"main": teacher})
 
 
 def refusal(run: Run) -> str:
