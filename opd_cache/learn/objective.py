@@ -44,7 +44,7 @@ class Objective:
         self.topk_ids_NK, self.topk_logprobs_NK = batch.topk_ids_NK[:, kept], batch.topk_logprobs_NK[:, kept]
         self.beyond_NK = self.topk_ids_NK >= vocab_size
         self.ids_NM = torch.cat([batch.target_ids_N[:, None], self.topk_ids_NK.masked_fill(self.beyond_NK, 0)], dim=-1)
-        self._figures: list[Tensor] = []  # [F, N] of each chunk
+        self._figures: list[tuple[Tensor, ...]] = []  # [N] of each chunk, in the order of FIGURES
 
     def __call__(self, rows: slice, logprobs_NM: Tensor, entropy_N: Tensor) -> Tensor:
         if not self.batch.counts:
@@ -69,23 +69,22 @@ class Objective:
             penalty_N = kl_penalty(tokens.student_logprobs_N, self.reference_logprobs_N[rows], self.config.kl_estimator)
             loss_N = loss_N + self.config.kl_coef * penalty_N
         student_N = tokens.student_logprobs_N.detach()
-        figures = (
+        self._figures.append((
             loss_N.detach(),
             student_N - tokens.teacher_logprobs_N,
             (student_N - tokens.sampling_logprobs_N).exp(),
-            result.clipped_N.float(),
-            result.clamped_N.float(),
+            result.clipped_N,
+            result.clamped_N,
             entropy_N,
             penalty_N.detach(),
-        )
-        self._figures.append(torch.stack([figure.float() for figure in figures]))
+        ))  # fmt: skip
         return loss_N.sum() * (self.facts.gradients_are_averaged_over / self.facts.num_tokens)
 
     def figures(self) -> np.ndarray:
         """[F, N] of the tokens that counted, in the order of FIGURES."""
         if not self._figures:
             return np.zeros((len(FIGURES), 0), np.float32)
-        return torch.cat(self._figures, dim=1).cpu().numpy()
+        return torch.stack([torch.cat(chunks).float() for chunks in zip(*self._figures, strict=True)]).cpu().numpy()
 
 
 def summarize(figures: np.ndarray, num_tokens: int) -> dict[str, float]:
@@ -95,11 +94,12 @@ def summarize(figures: np.ndarray, num_tokens: int) -> dict[str, float]:
     by_name = dict(zip(FIGURES, figures.astype(np.float64), strict=True))
     reverse_kl, ratio = by_name["reverse_kl"], by_name["ratio"]
     squares = np.square(ratio).sum()
+    p50, p99 = np.quantile(reverse_kl, [0.5, 0.99]).tolist()
     return {
         "loss": by_name["loss"].sum() / max(num_tokens, 1),
         "reverse_kl": reverse_kl.mean(),
-        "reverse_kl_p50": float(np.quantile(reverse_kl, 0.5)),
-        "reverse_kl_p99": float(np.quantile(reverse_kl, 0.99)),
+        "reverse_kl_p50": p50,
+        "reverse_kl_p99": p99,
         "ratio_mean": ratio.mean(),
         "ratio_max": ratio.max(),
         "ess": float(ratio.sum() ** 2 / (len(ratio) * squares)) if squares else 0.0,

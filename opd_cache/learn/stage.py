@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stage import write_note
+from opd_cache.store.join import Joined
 from opd_cache.store.publish import fsync_folder, make_folder, publish_json
 from opd_cache.store.shards import write_table
 
@@ -79,10 +80,14 @@ def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) 
     if lesson is None:
         return True
     limit = run.recipe.learn.max_tokens_per_micro_batch
-    with explained_memory_errors("learn.max_tokens_per_micro_batch", limit), noted_signals() as request:
+    with (
+        explained_memory_errors("learn.max_tokens_per_micro_batch", limit),
+        noted_signals() as request,
+        read_ahead(_remaining_batches(run, lesson)) as batches,
+    ):
         # The initial student may be the policy of another run: its weights count, its optimizer does not.
         engine.load(lesson.folder, with_optimizer=lesson.folder != run.policy_folder(0))
-        state = _train(run, episode, engine, ranks, lesson, request)
+        state = _train(run, episode, engine, ranks, lesson, batches, request)
         _publish_policy(run, episode, engine, ranks, replace(lesson, state=state))
     if ranks.is_first:
         _write_note(run, episode, ranks, state, time.monotonic() - start)
@@ -125,22 +130,32 @@ def _where_to_start(run: Run, episode: int, plan: LearnPlan, plan_digest: str) -
     return run.policy_folder(episode), TrainerState(plan.first_step, 0, [])
 
 
-def _train(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson: Lesson, request: StopRequest) -> TrainerState:
+def _remaining_batches(run: Run, lesson: Lesson) -> Iterator[list[Joined]]:
+    rows = planned_rows(lesson.sources, run.recipe.learn.epochs_per_episode, lesson.state.cursor)
+    return global_batches(rows, lesson.plan.batch_sizes()[len(lesson.state.steps) :])
+
+
+def _train(
+    run: Run,
+    episode: int,
+    engine: Engine,
+    ranks: Ranks,
+    lesson: Lesson,
+    batches: Iterator[list[Joined]],
+    request: StopRequest,
+) -> TrainerState:
     """Run the remaining steps; checkpoints on the way where the recipe wants them."""
     config, plan, state = run.recipe.learn, lesson.plan, lesson.state
     trainer = Trainer(run.recipe, engine, episode, ranks)
     done = len(state.steps)
-    rows = planned_rows(lesson.sources, config.epochs_per_episode, state.cursor)
-    batches_in_order = global_batches(rows, plan.batch_sizes()[done:])
-    known = with_known_ids(batches_in_order, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)
+    known = with_known_ids(batches, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)
     names = (config.loggers or []) if ranks.is_first else []
     with (
-        read_ahead(known) as batches,
         StageProgress("learn", f"episode {episode}", plan.num_steps - done, "steps") as progress,
         open_loggers(names, run.dir.logs, run.run_id, run.recipe.to_dict(), state.step) as loggers,
     ):
         waiting = time.monotonic()
-        for batch in batches:
+        for batch in known:
             read_s = time.monotonic() - waiting
             metrics = trainer.step(batch, state.step, plan.learning_rate(state.step, config), read_s)
             state = TrainerState(state.step + 1, state.cursor + len(batch), [*state.steps, metrics])

@@ -88,11 +88,12 @@ def _merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def read_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """The items, each made by one thread while the caller works on the one before."""
+    """The items, each made by one thread while the caller works on the one before; the first from now on."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        first = reader.submit(next, items, None)
 
         def ahead() -> Iterator[T]:
-            coming = reader.submit(next, items, None)
+            coming = first
             while (item := coming.result()) is not None:
                 coming = reader.submit(next, items, None)
                 yield item

@@ -19,7 +19,7 @@ from opd_cache.run_dir import RolloutSet
 from opd_cache.stage import EVERYTHING, Share, make_shards
 from opd_cache.store.join import rollout_fault
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, publish_rollout_plan, rollout_shards
-from opd_cache.store.rows import ROWS_PER_GROUP, group_sizes, rollout_batch
+from opd_cache.store.rows import group_limit, group_sizes, rollout_batch
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import Prompt, Rollout, derive_seed
 
@@ -132,7 +132,7 @@ def _rollout(plan: RolloutPlan, prompt: Prompt, sample_index: int, sampled: Samp
 
 
 def _row_groups(rollouts: list[Rollout], plan: RolloutPlan, shards: ShardSet) -> Iterator[pa.RecordBatch]:
-    start = 0
-    for size in group_sizes(len(rollouts), plan.n_samples_per_prompt, ROWS_PER_GROUP):
+    start, limit = 0, group_limit(plan.sampling.max_new_tokens)
+    for size in group_sizes(len(rollouts), plan.n_samples_per_prompt, limit):
         yield rollout_batch(rollouts[start : start + size], shards.schema)
         start += size

@@ -30,12 +30,13 @@ from opd_cache.store.plans import (
     stage_command,
 )
 from opd_cache.store.publish import digest_file
-from opd_cache.store.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_TOPK, group_sizes, score_batch
+from opd_cache.store.rows import group_limit, group_sizes, score_batch
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import Int32Array, Rollout, Score
 
 log = logging.getLogger(__name__)
 FAULTS_SHOWN = 3  # in one error line
+VALUES_PER_WINDOW = 1 << 26  # of a column, at full length: what a window of scores may hold in memory, 0.5 GiB
 
 
 def new_scorer(run: Run, config: TeacherConfig) -> Scorer:
@@ -143,10 +144,13 @@ def _score_shard(
     own_ids: the teacher's own prompts by prompt_index; empty where it sees the student's.
     """
     about = scores.about
-    limit = ROWS_PER_GROUP_TOPK if about["top_k"] else ROWS_PER_GROUP
+    values_per_row = plan.sampling.max_new_tokens * max(about["top_k"], 1)
+    limit, most = group_limit(values_per_row), max(1, VALUES_PER_WINDOW // values_per_row)
     reader, gaps = read_rollouts(rollouts, shard), GapWatch(options.max_gap, about.get("first_token") or 0)
     canary: tuple[Rollout, Score] | None = None
-    for window in group_sizes(plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, scorer.window)):
+    for window in group_sizes(
+        plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, min(scorer.window, most))
+    ):
         rows = list(islice(reader, window))
         scored = _score_window(rows, window, own_ids, scorer, about, progress)
         for row, score in zip(rows, scored, strict=True):

@@ -7,10 +7,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from opd_cache.errors import AlignmentError, CorruptShardError
-from opd_cache.store.rows import flat_values, list_offsets, rollouts_of, scores_of
+from opd_cache.store.rows import RowGroup, rollouts_of, row_group, scores_of
 from opd_cache.store.shards import ShardSet, read_row_group
 from opd_cache.types import Rollout, Score
 
@@ -31,6 +30,9 @@ def shards_from(rollouts: ShardSet, start_row: int) -> Iterator[tuple[int, int]]
     """(shard, its first row that is wanted) of all shards with rows from row `start_row` of the whole stage on."""
     skip = start_row
     for shard in range(rollouts.num_shards):
+        if skip == 0:
+            yield shard, 0
+            continue
         with rollouts.open(shard) as left:
             num_rows = left.metadata.num_rows
         if skip < num_rows:
@@ -51,22 +53,23 @@ def join_teachers(
     Memory: one row group of each part.
     """
     parts = [scores for teacher in teachers for scores in teacher]
-    rights = [read_scores(scores, shard, start_row) for scores in parts]
+    rights = [(_sized_scores(scores, shard, start_row), scores) for scores in parts]
+    is_whole = all(len(teacher) == 1 for teacher in teachers)
     count = start_row
     for rollout, ids_hash in _hashed_rollouts(rollouts, shard, start_row):
-        row = iter(
-            [
-                _checked(rollout, ids_hash, next(right, None), scores, shard, count)
-                for right, scores in zip(rights, parts, strict=True)
-            ]
-        )
-        yield rollout, [_whole(list(islice(row, len(teacher)))) for teacher in teachers]
+        row = [_checked(rollout, ids_hash, next(right, None), scores, shard, count) for right, scores in rights]
+        yield rollout, row if is_whole else _whole_scores(row, teachers)
         count += 1
-    for right, scores in zip(rights, parts, strict=True):
+    for right, scores in rights:
         if next(right, None) is not None:
             raise AlignmentError(
                 f"{scores.path(shard)}: has more rows than its rollouts ({count}). {_delete_and_run(scores)}"
             )
+
+
+def _whole_scores(row: Sequence[Score], teachers: Sequence[Sequence[ShardSet]]) -> list[Score]:
+    parts = iter(row)
+    return [_whole(list(islice(parts, len(teacher)))) for teacher in teachers]
 
 
 def _whole(parts: Sequence[Score]) -> Score:
@@ -98,10 +101,10 @@ def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterato
 
 def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Rollout, int]]:
     """read_rollouts, each with its ids_hash."""
-    for first, table in _row_groups(rollouts, shard, start_row):
-        hashes = table["ids_hash"].to_pylist()
-        is_fit = _fits(table, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
-        for row, rollout in enumerate(rollouts_of(table), first):
+    for first, group in _row_groups(rollouts, shard, start_row):
+        hashes = group.table["ids_hash"].to_pylist()
+        is_fit = _fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
+        for row, rollout in enumerate(rollouts_of(group), first):
             if row < start_row:
                 continue
             # Page checksums leave out page headers, where one flipped bit can shorten a column's last list.
@@ -116,46 +119,63 @@ def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator
 
 def read_scores(scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Score]:
     """The scores of one shard, to be checked against their rollouts; their values are. Raises CorruptShardError."""
-    for first, table in _row_groups(scores, shard, start_row):
-        is_fit = _fits(table, "teacher_logprobs", ("teacher_logprobs",)) and _fits(
-            table, "topk_logprobs", ("topk_logprobs",)
+    return (score for score, _ in _sized_scores(scores, shard, start_row))
+
+
+def _sized_scores(scores: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Score, int | None]]:
+    """read_scores, each with how many response tokens its lists fit; None where that takes a look at the row."""
+    top_k = scores.about["top_k"]
+    is_part = any(scores.about.get(name) is not None for name in ("first_token", "horizon"))
+    for first, group in _row_groups(scores, shard, start_row):
+        is_fit = _fits(group, "teacher_logprobs", ("teacher_logprobs",)) and _fits(
+            group, "topk_logprobs", ("topk_logprobs",)
         )
-        for row, score in enumerate(scores_of(table, scores.about["top_k"]), first):
+        is_even = not is_part and _is_even(group, top_k)
+        for row, score in enumerate(scores_of(group, top_k), first):
             if row < start_row:
                 continue
             if not is_fit and (fault := _value_fault(score)):
                 raise CorruptShardError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
-            yield score
+            yield score, len(score.teacher_logprobs) if is_even else None
+
+
+def _is_even(group: RowGroup, top_k: int) -> bool:
+    """Whether the lists of every row are as long as its teacher_logprobs, those of the top k `top_k` times that."""
+    tokens = group.lists["teacher_logprobs"].offsets
+    widths = {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}
+    return all(
+        np.array_equal(group.lists[name].offsets, tokens * width)
+        for name, width in widths.items()
+        if name in group.lists
+    )
 
 
 def _delete_and_run(shards: ShardSet) -> str:
     return f"Delete the file and its seal and run: {shards.remedy}"
 
 
-def _fits(table: pa.Table, ids: str, logprobs: Sequence[str], numbers: Sequence[str] = ()) -> bool:
+def _fits(group: RowGroup, ids: str, logprobs: Sequence[str], numbers: Sequence[str] = ()) -> bool:
     """Whether all log-probs of a row group are at most 0, in lists as long as those of `ids`, and all numbers finite.
     Whole columns at a time; where one does not fit, its rows say which and why."""
-    for name in logprobs:
-        if name not in table.column_names:
-            continue
-        values = flat_values(table, name)
+    for column in (group.lists[name] for name in logprobs if name in group.lists):
         # NaN fails every comparison.
-        if (values.size and not values.max() <= 0) or not np.array_equal(
-            list_offsets(table, name), list_offsets(table, ids)
+        if (column.values.size and not column.values.max() <= 0) or not np.array_equal(
+            column.offsets, group.lists[ids].offsets
         ):
             return False
+    table = group.table
     present = (table[name].drop_null().to_numpy() for name in numbers if name in table.column_names)
     return all(bool(np.isfinite(values).all()) for values in present)
 
 
-def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[int, pa.Table]]:
-    """(number of its first row, table) of each row group with rows from `start_row` on."""
+def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[int, RowGroup]]:
+    """(number of its first row, row group) of each row group with rows from `start_row` on."""
     with shards.open(shard) as file:
         first = 0
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
+        for index in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(index).num_rows
             if first + num_rows > start_row:
-                yield first, read_row_group(file, shards.path(shard), group)
+                yield first, row_group(read_row_group(file, shards.path(shard), index))
             first += num_rows
 
 
@@ -210,17 +230,21 @@ def _logprob_fault(values: np.ndarray, name: str) -> str | None:
     return None
 
 
-def _checked(rollout: Rollout, ids_hash: int, score: Score | None, scores: ShardSet, shard: int, row: int) -> Score:
+def _checked(
+    rollout: Rollout, ids_hash: int, sized: tuple[Score, int | None] | None, scores: ShardSet, shard: int, row: int
+) -> Score:
     """The score, which is this rollout's. Raises AlignmentError."""
-    if score is None:
+    if sized is None:
         raise AlignmentError(
             f"{scores.path(shard)}: ends before row {row}, {rollout.rollout_id}. {_delete_and_run(scores)}"
         )
+    score, num_tokens = sized
     if score.rollout_id != rollout.rollout_id or score.ids_hash != ids_hash:
         found = score.rollout_id if score.rollout_id != rollout.rollout_id else "other token ids"
         raise AlignmentError(
             f"{scores.path(shard)} row {row}: scores {found}, expected {rollout.rollout_id}. The scores were made from other rollouts; delete the file and its seal and run: {scores.remedy}"
         )
-    if fault := _length_fault(rollout, score, scores.about):
+    fits = num_tokens == len(rollout.response_ids)
+    if not fits and (fault := _length_fault(rollout, score, scores.about)):
         raise AlignmentError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
     return score

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from opd_cache import schema
 from opd_cache.types import Rollout, Score
 
 ROWS_PER_GROUP = 256
-ROWS_PER_GROUP_TOPK = 64
+VALUES_PER_GROUP = 1 << 22  # per column, at full length: 64 responses of 1024 tokens with a top k of 64
 
 
 def rollouts_schema(with_raw_logprobs: bool, with_reward: bool) -> pa.Schema:
@@ -27,6 +28,11 @@ def group_sizes(num_rows: int, rows_per_prompt: int, limit: int) -> list[int]:
     """Sizes of row groups of at most `limit` rows that never split a prompt's samples (unless one prompt exceeds it)."""
     size = max(rows_per_prompt, limit // rows_per_prompt * rows_per_prompt)
     return [min(size, num_rows - start) for start in range(0, num_rows, size)]
+
+
+def group_limit(values_per_row: int) -> int:
+    """Rows of a row group whose longest column holds at most this many values a row."""
+    return max(1, min(ROWS_PER_GROUP, VALUES_PER_GROUP // max(values_per_row, 1)))
 
 
 def rollout_batch(rows: Sequence[Rollout], table_schema: pa.Schema) -> pa.RecordBatch:
@@ -83,76 +89,86 @@ def _list_array(values: list[npt.NDArray], list_type: pa.DataType) -> pa.ListArr
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(dtype, copy=False)), type=list_type)
 
 
-def rollouts_of(table: pa.Table) -> list[Rollout]:
-    """The rollouts of one row group."""
-    scalars = {
-        name: table[name].to_pylist()
-        for name in ("rollout_id", "prompt_index", "sample_index", "finish_reason", "policy_version")
-    }
-    prompt_ids, response_ids = split_lists(table, "prompt_ids"), split_lists(table, "response_ids")
-    sampling = split_lists(table, "sampling_logprobs")
-    raw = split_lists(table, "raw_logprobs") if "raw_logprobs" in table.column_names else [None] * len(table)
-    rewards = table["reward"].to_pylist() if "reward" in table.column_names else [None] * len(table)
-    return [
-        Rollout(
-            rollout_id=scalars["rollout_id"][i],
-            prompt_index=scalars["prompt_index"][i],
-            sample_index=scalars["sample_index"][i],
-            prompt_ids=prompt_ids[i],
-            response_ids=response_ids[i],
-            sampling_logprobs=sampling[i],
-            finish_reason=scalars["finish_reason"][i],
-            policy_version=scalars["policy_version"][i],
-            raw_logprobs=raw[i],
-            reward=rewards[i],
-        )
-        for i in range(len(table))
-    ]
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """A list column of one row group."""
+
+    values: npt.NDArray  # of all rows, one behind the other; a view
+    offsets: npt.NDArray  # [rows + 1], where each row starts in values
+
+    def rows(self) -> list[npt.NDArray]:
+        """Each row's list as a view."""
+        return _split(self.values, self.offsets)
+
+    def rows_by_token(self, tokens: npt.NDArray, width: int) -> list[npt.NDArray]:
+        """Each row's [R, width], its R tokens from `tokens`, offsets of a per-token column. A list of another length
+        stays flat: the join refuses it by name."""
+        if np.array_equal(self.offsets, tokens * width):
+            return _split(self.values.reshape(-1, width), tokens)
+        counts = np.diff(tokens).tolist()
+        return [
+            flat.reshape(count, width) if len(flat) == count * width else flat
+            for flat, count in zip(self.rows(), counts, strict=True)
+        ]
 
 
-def scores_of(table: pa.Table, top_k: int) -> list[Score]:
-    """The scores of one row group."""
-    ids, hashes, errors = (table[name].to_pylist() for name in ("rollout_id", "ids_hash", "error"))
-    logprobs, ranks = split_lists(table, "teacher_logprobs"), split_lists(table, "teacher_rank")
-    has_topk = "topk_ids" in table.column_names
-    topk_ids = split_lists(table, "topk_ids") if has_topk else [np.zeros(0, np.int32)] * len(table)
-    topk_logprobs = split_lists(table, "topk_logprobs") if has_topk else [np.zeros(0, np.float32)] * len(table)
-    return [
-        Score(
-            rollout_id=ids[i],
-            ids_hash=hashes[i],
-            teacher_logprobs=logprobs[i],
-            teacher_rank=ranks[i],
-            topk_ids=_by_token(topk_ids[i], len(logprobs[i]), top_k),
-            topk_logprobs=_by_token(topk_logprobs[i], len(logprobs[i]), top_k),
-            error=errors[i],
-        )
-        for i in range(len(table))
-    ]
+def _split(values: npt.NDArray, offsets: npt.NDArray) -> list[npt.NDArray]:
+    return [values[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
 
-def _by_token(flat: npt.NDArray, num_tokens: int, top_k: int) -> npt.NDArray:
-    # A list of another length is left flat: the join refuses it by name.
-    return flat.reshape(num_tokens, top_k) if len(flat) == num_tokens * top_k else flat
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A table of one row group with its list columns at hand: pyarrow takes some 20 us to give one."""
+
+    table: pa.Table
+    lists: dict[str, Lists]
+
+
+def row_group(table: pa.Table) -> RowGroup:
+    return RowGroup(
+        table, {field.name: _lists_of(table[field.name]) for field in table.schema if pa.types.is_list(field.type)}
+    )
+
+
+def _lists_of(column: pa.ChunkedArray) -> Lists:
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    offsets = chunk.offsets.to_numpy()
+    return Lists(chunk.flatten().to_numpy(zero_copy_only=True), offsets - offsets[0])
 
 
 def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:
     """Each row's list as a numpy view."""
-    offsets, flat = list_offsets(table, name).tolist(), flat_values(table, name)
-    return [flat[start:end] for start, end in itertools.pairwise(offsets)]
+    return _lists_of(table[name]).rows()
 
 
-def list_offsets(table: pa.Table, name: str) -> npt.NDArray:
-    """Where each row's list starts in flat_values, and where the last one ends."""
-    offsets = _one_chunk(table, name).offsets.to_numpy()
-    return offsets - offsets[0]
+def rollouts_of(group: RowGroup) -> list[Rollout]:
+    """The rollouts of one row group."""
+    table, lists = group.table, group.lists
+    absent = [None] * len(table)
+    columns = zip(
+        *(table[name].to_pylist() for name in ("rollout_id", "prompt_index", "sample_index")),
+        *(lists[name].rows() for name in ("prompt_ids", "response_ids", "sampling_logprobs")),
+        *(table[name].to_pylist() for name in ("finish_reason", "policy_version")),
+        lists["raw_logprobs"].rows() if "raw_logprobs" in lists else absent,
+        table["reward"].to_pylist() if "reward" in table.column_names else absent,
+        strict=True,
+    )
+    return [Rollout(*row) for row in columns]
 
 
-def flat_values(table: pa.Table, name: str) -> npt.NDArray:
-    """All lists of a column, one behind the other, as a view."""
-    return _one_chunk(table, name).flatten().to_numpy(zero_copy_only=True)
-
-
-def _one_chunk(table: pa.Table, name: str) -> pa.ListArray:
-    column = table[name]
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+def scores_of(group: RowGroup, top_k: int) -> list[Score]:
+    """The scores of one row group."""
+    table, lists = group.table, group.lists
+    tokens = lists["teacher_logprobs"].offsets
+    if "topk_ids" in lists:
+        topk = [lists[name].rows_by_token(tokens, top_k) for name in ("topk_ids", "topk_logprobs")]
+    else:
+        topk = [_split(np.zeros((tokens[-1], 0), dtype), tokens) for dtype in (np.int32, np.float32)]
+    columns = zip(
+        *(table[name].to_pylist() for name in ("rollout_id", "ids_hash")),
+        *(lists[name].rows() for name in ("teacher_logprobs", "teacher_rank")),
+        *topk,
+        table["error"].to_pylist(),
+        strict=True,
+    )
+    return [Score(*row) for row in columns]

@@ -86,6 +86,7 @@ def test_loss_and_gradients_equal_the_plain_formula(
     scale: float,
 ) -> None:
     monkeypatch.setattr(head_module, "ROWS_PER_CHUNK", chunk)
+    monkeypatch.setattr(head_module, "VALUES_PER_CHUNK", 1)
     hidden, ids = inputs
     head = a_head(bias, softcap, scale)
     expected, entropy, gradients = plain(head, hidden, ids, function)
@@ -183,7 +184,8 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tenso
 
 @pytest.mark.parametrize("looks_across", [False, True])
 def test_two_matrices_of_a_chunk_and_the_vocabulary_are_all_that_ever_exists(looks_across: bool) -> None:
-    tokens, size, alive = 4 * head_module.ROWS_PER_CHUNK, head_module.ROWS_PER_CHUNK * VOCAB, []
+    rows = head_module.rows_per_chunk(VOCAB)
+    tokens, size, alive = 4 * rows, rows * VOCAB, []
     largest = most = 0
 
     class Watched(torch.utils._python_dispatch.TorchDispatchMode):

@@ -77,6 +77,18 @@ def test_reading_ahead_works_while_the_caller_works_and_keeps_the_order() -> Non
     assert {name for _, name in seen} == {"read-ahead_0"}
 
 
+def test_the_first_item_is_made_before_it_is_asked_for() -> None:
+    made = threading.Event()
+
+    def items() -> Iterator[int]:
+        made.set()
+        yield 1
+
+    with read_ahead(items()) as ahead:
+        assert made.wait(5)
+        assert list(ahead) == [1]
+
+
 def test_an_error_of_the_reader_reaches_the_caller_at_its_place() -> None:
     def items() -> Iterator[int]:
         yield 1

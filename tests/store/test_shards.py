@@ -30,7 +30,7 @@ from opd_cache.errors import AlignmentError, CorruptShardError, MismatchError, M
 from opd_cache.run_dir import SEAL
 from opd_cache.store.join import join_shard, read_rollouts, read_scores
 from opd_cache.store.publish import digest_file, temporary_beside
-from opd_cache.store.rows import group_sizes
+from opd_cache.store.rows import group_limit, group_sizes
 from opd_cache.store.shards import FOOTER_KEY, ShardSet
 from opd_cache.types import Rollout, Score
 
@@ -381,6 +381,13 @@ def test_response_token_costs_at_most_five_bytes(tmp_path):
             in ("response_ids", "sampling_logprobs")
         )
     assert total / sum(len(row.response_ids) for row in rows) <= 5
+
+
+def test_the_longer_its_rows_the_fewer_a_row_group_holds():
+    limits = [
+        group_limit(tokens * top_k) for tokens, top_k in ((16, 1), (1024, 1), (1024, 64), (16_384, 64), (10**9, 1))
+    ]
+    assert limits == [256, 256, 64, 4, 1]
 
 
 def test_row_groups_never_split_a_prompt():

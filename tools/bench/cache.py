@@ -3,9 +3,11 @@
     python tools/bench/cache.py [--model quickstart|medium] [--loss reverse_kl_topk] [--json]
 
 From shards: what `opd-cache learn` does (read ahead, check, join; micro-batches, loss, metrics, optimizer). From memory:
-the same rows as a list, micro-batches, the bare loss without metrics, optimizer. Passes over the whole episode in turns. `overhead` is the ratio of the medians of the steps less 1, `waiting` the share of its
-time that the learner spent without data, `read_tokens_per_s` what the data path gives one thread with nothing else to do.
-The rollouts and scores are random: what they hold does not matter here.
+the same rows as a list, micro-batches, the bare loss without metrics, optimizer. Every batch both ways, in turns, pass
+after pass. `overhead` is the ratio of a batch's two steps less 1: its median over the passes, its mean over the batches,
+since only some steps open a file. `waiting` is the share of its time that the learner spent without data,
+`read_tokens_per_s` what the data path gives one thread with nothing else to do. The rollouts and scores are random: what
+they hold does not matter here.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from opd_cache.learn.losses import TokenLogprobs
 from opd_cache.learn.objective import Objective, StepFacts
 from opd_cache.learn.ranks import ALONE
 from opd_cache.learn.step import Trainer
-from opd_cache.learn.stream import Source, planned_rows, read_ahead
+from opd_cache.learn.stream import planned_rows, read_ahead
 from opd_cache.pipeline import InlineStages
 from opd_cache.quickstart.sort_letters import byte_tokenizer
 from opd_cache.recipes import load_recipe
@@ -52,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 EPISODES = {
     "quickstart": {"prompts": 640, "batch": 64, "response": 16, "passes": 7},
-    "medium": {"prompts": 40, "batch": 4, "response": 300, "passes": 4},
+    "medium": {"prompts": 40, "batch": 4, "response": 128, "passes": 4},
 }
 
 
@@ -143,34 +146,25 @@ class BareObjective(Objective):
         return self.loss.compute(tokens, self.config.loss).loss_N.sum() / self.facts.num_tokens
 
 
-def from_memory(trainer: Trainer, batches: list[list[Joined]]) -> list[float]:
-    """Seconds of each step."""
-    config, engine, seconds = trainer.config, trainer.engine, []
-    for rows in batches:
-        start = time.perf_counter()
-        facts = StepFacts(sum(len(rollout.response_ids) for rollout, _ in rows))
-        micros = list(micro_batches(rows, [0.0] * len(rows), config.max_tokens_per_micro_batch))
-        for index, micro in enumerate(micros):
-            objective = BareObjective(trainer.loss, config, facts, micro, engine.vocab_size, None)
-            engine.forward_backward(micro, objective, is_last=index == len(micros) - 1)
-        engine.optimizer_step(config.learning_rate)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def from_memory(trainer: Trainer, rows: list[Joined]) -> float:
+    """Seconds of one step."""
+    config, engine, start = trainer.config, trainer.engine, time.perf_counter()
+    facts = StepFacts(sum(len(rollout.response_ids) for rollout, _ in rows))
+    micros = list(micro_batches(rows, [0.0] * len(rows), config.max_tokens_per_micro_batch))
+    for index, micro in enumerate(micros):
+        objective = BareObjective(trainer.loss, config, facts, micro, engine.vocab_size, None)
+        engine.forward_backward(micro, objective, is_last=index == len(micros) - 1)
+    engine.optimizer_step(config.learning_rate)
+    return time.perf_counter() - start
 
 
-def from_shards(trainer: Trainer, sources: list[Source], sizes: list[int]) -> tuple[list[float], list[float]]:
-    """(seconds, those of them spent waiting for data) of each step, the reading included."""
-    config, engine = trainer.config, trainer.engine
-    seconds, waits = [], []
-    in_order = global_batches(planned_rows(sources, 1, 0), sizes)
-    with read_ahead(with_known_ids(in_order, engine.vocab_size, trainer.loss, config.loss.teacher_only_ids)) as batches:
-        start = time.perf_counter()
-        for step, batch in enumerate(batches):
-            waits.append(time.perf_counter() - start)
-            trainer.step(batch, step, config.learning_rate, waits[-1])
-            seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-    return seconds, waits
+def from_shards(trainer: Trainer, batches: Iterator[list[Joined]]) -> tuple[float, float]:
+    """(seconds, those of them spent waiting for data) of one step, the reading included."""
+    start = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter() - start
+    trainer.step(batch, 0, trainer.config.learning_rate, waited)
+    return time.perf_counter() - start, waited
 
 
 def measure(model: str, loss: str, threads: int, passes: int | None) -> dict[str, Any]:
@@ -186,21 +180,30 @@ def measure(model: str, loss: str, threads: int, passes: int | None) -> dict[str
         rows = list(planned_rows(sources, 1, 0))
         reading = time.perf_counter() - start
         batches = list(global_batches(rows, sizes))
-        memory: list[float] = []
-        shards: list[float] = []
-        waits: list[float] = []
+        memory, shards = [], []
         for turn in range((passes or episode["passes"]) + 1):
-            bare, (whole, waited) = (
-                from_memory(trainer, batches),
-                from_shards(trainer, sources, sizes),
-            )
-            if turn:  # the first warms up
-                memory, shards, waits = memory + bare, shards + whole, waits + waited
+            with read_ahead(global_batches(planned_rows(sources, 1, 0), sizes)) as coming:
+                checked = with_known_ids(
+                    coming, engine.vocab_size, trainer.loss, run.recipe.learn.loss.teacher_only_ids
+                )
+                for index, batch in enumerate(batches):
+                    if (
+                        index % 2 == 0
+                    ):  # each goes first in every other pair; the reading starts before the first step, as in the learner
+                        bare, whole = from_memory(trainer, batch), from_shards(trainer, checked)
+                    else:
+                        whole, bare = from_shards(trainer, checked), from_memory(trainer, batch)
+                    if turn:  # the first pass warms up
+                        memory.append(bare)
+                        shards.append(whole)
+        seconds, waits = zip(*shards, strict=True)
+        ratios = list(map(truediv, seconds, memory))
+        by_batch = [statistics.median(ratios[index :: len(sizes)]) for index in range(len(sizes))]
         tokens = sum(len(rollout.response_ids) for rollout, _ in rows)
         return {
-            "model": model, "loss": loss, "threads": threads, "steps": len(shards), "tokens_per_step": tokens / len(sizes),
-            "step_from_memory_s": statistics.median(memory), "step_from_shards_s": statistics.median(shards),
-            "overhead": statistics.median(shards) / statistics.median(memory) - 1, "waiting": sum(waits) / sum(shards),
+            "model": model, "loss": loss, "threads": threads, "steps": len(seconds), "tokens_per_step": tokens / len(sizes),
+            "step_from_memory_s": statistics.median(memory), "step_from_shards_s": statistics.median(seconds),
+            "overhead": statistics.mean(by_batch) - 1, "waiting": sum(waits) / sum(seconds),
             "read_tokens_per_s": tokens / reading,
         }  # fmt: skip
 
