@@ -154,6 +154,12 @@ class RolloutConfig:
     max_new_tokens: int = option(512, "A response that reaches it is marked finish_reason=length.", min=1)
     stop_token_ids: Optional[list[int]] = option(None, "Ids that end a response; null: the model's own EOS ids.", min=0)
     batch_size: int = option(128, "Sequences sampled side by side by the hf sampler. Bounds memory.", min=1)
+    student_top_k: int = option(
+        0,
+        "Also cache the student's k likeliest tokens at every position, at temperature 1: 8 bytes a token each, uncompressed. score.support=student asks the teacher for them.",
+        min=0,
+        max=1024,
+    )
     reward: Optional[str] = option(
         None, "Task reward of each response, for reward_pg and metrics; null: none.", table=registry.REWARDS
     )
@@ -218,6 +224,11 @@ class ScoreConfig:
         "Also cache the teacher's k likeliest tokens at every position. 8 bytes a token each, uncompressed.",
         min=0,
         max=1024,
+    )
+    support: str = option(
+        "teacher",
+        "Whose k likeliest tokens. student: the first top_k of rollout.student_top_k, so that a top-k reverse KL runs over what the student would say.",
+        choices=("teacher", "student"),
     )
     horizon: Optional[int] = option(
         None,

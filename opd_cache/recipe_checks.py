@@ -136,6 +136,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_known_teacher(recipe, "score.teacher", recipe.score.teacher)
     _check_learning_teachers(recipe)
     _check_servers(recipe)
+    _check_support(recipe)
     _check_loss(recipe.learn.loss)
     learn = recipe.learn
     # DeepSpeed's stage-3 linear layers add their bias in place to the very product that would be kept.
@@ -181,6 +182,26 @@ def _check_servers(recipe: Recipe) -> None:
     if variable is not None and not ENVIRONMENT_NAME.fullmatch(variable):
         raise ConfigError(
             "score.http.api_key_env must be the name of an environment variable, in capitals, such as TEACHER_API_KEY; the key itself belongs into that variable."
+        )
+
+
+def _check_support(recipe: Recipe) -> None:
+    score = recipe.score
+    if score.support == "teacher":
+        return
+    if not 0 < score.top_k <= recipe.rollout.student_top_k:
+        raise ConfigError(
+            f"score.support = 'student' needs 0 < score.top_k <= rollout.student_top_k, here {score.top_k} and {recipe.rollout.student_top_k}. Set rollout.student_top_k=8 score.top_k=8."
+        )
+    for name, teacher in recipe.teachers.items():
+        if (teacher.scorer or score.scorer) == "http":
+            raise ConfigError(
+                f"score.support = 'student': teacher {name!r} is scored over HTTP, and servers give only their own top k. Use score.scorer=hf or vllm."
+            )
+    names = [recipe.learn.loss.name, *(recipe.learn.loss.terms if recipe.learn.loss.name == "mixed" else [])]
+    if "entropy_aware" in names:
+        raise ConfigError(
+            "learn.loss.name = 'entropy_aware' takes the teacher's entropy from its own top k; score.support = 'student' caches another. Use reverse_kl_topk, or score.support=teacher."
         )
 
 

@@ -63,6 +63,13 @@ ROLLOUTS = (
         True,
     ),
     Column("reward", pa.float32(), "Task reward of the response; null where it has none.", True, nullable=True),
+    Column(
+        "student_topk_ids",
+        list_of(pa.int32()),
+        "Flat: rollout.student_top_k ids a response token, the student's likeliest first.",
+        True,
+    ),
+    Column("student_topk_logprobs", list_of(pa.float32()), "Their log-probs at temperature 1 without cuts.", True),
 )
 
 SCORES = (
@@ -80,7 +87,12 @@ SCORES = (
         list_of(pa.int32()),
         "Rank of that id for the teacher; 1 is its likeliest token, 0 where the engine does not say.",
     ),
-    Column("topk_ids", list_of(pa.int32()), "Flat: k ids a response token, likeliest first.", True),
+    Column(
+        "topk_ids",
+        list_of(pa.int32()),
+        "Flat: k ids a response token, the teacher's likeliest first; the student's with score.support=student.",
+        True,
+    ),
     Column(
         "topk_logprobs", list_of(pa.float32()), "Their log-probs, not renormalised, so the tail mass is known.", True
     ),

@@ -34,6 +34,8 @@ class Rollout:
     policy_version: int
     raw_logprobs: Float32Array | None = None  # [R], at temperature 1 without cuts; None where they are the same
     reward: float | None = None  # of the task; None where there is none
+    topk_ids: Int32Array | None = None  # [R, K], the student's likeliest first; None where they are not cached
+    topk_logprobs: Float32Array | None = None  # [R, K], at temperature 1 without cuts
 
     @property
     def ids_hash(self) -> int:

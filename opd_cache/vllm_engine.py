@@ -32,7 +32,7 @@ from opd_cache.config import ModelConfig, VllmOptions  # noqa: E402
 from opd_cache.errors import ConfigError, EngineOutputError, ModelError  # noqa: E402
 from opd_cache.fingerprint import model_folder  # noqa: E402
 from opd_cache.models import ADAPTER_CONFIG, dtype_name  # noqa: E402
-from opd_cache.types import Int32Array  # noqa: E402
+from opd_cache.types import Float32Array, Int32Array  # noqa: E402
 
 VERSION = f"vllm {vllm.__version__}"
 # Requests inside the engine at once: enough to fill its batches, few enough to bound what their results take.
@@ -111,11 +111,8 @@ class VllmEngine:
 
     def logprobs_of(self, prompt_ids: list[int], response_ids: list[int]) -> Any:
         """Log-probs [R] of a response, read from no cache."""
-        of_prompt = parameters(
-            max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, flat_logprobs=True, skip_reading_prefix_cache=True
-        )  # fmt: skip
-        (output,) = self.stream([(0, [*prompt_ids, *response_ids], of_prompt)])
-        return flat_logprobs_of(output, np.array(response_ids, np.int32), 0)[0]
+        (output,) = self.stream([(0, [*prompt_ids, *response_ids], scoring_parameters(**flat_form(0)))])
+        return prompt_logprobs_of(output, np.array(response_ids, np.int32), 0)[0]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -140,25 +137,44 @@ def parameters(**settings: Any) -> SamplingParams:
     return SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True, **settings)
 
 
-def flat_logprobs_of(output: Any, response_ids: Int32Array, top_k: int) -> tuple[Any, Any, Any, Any]:
-    """(log-probs [R], ranks [R], top-k ids [R, K], top-k log-probs [R, K]) of a request's last R prompt tokens.
+def scoring_parameters(*, shares_prefixes: bool = False, **form: Any) -> SamplingParams:
+    """Parameters that score the prompt, in one of the forms; one token is generated, which nobody reads."""
+    return parameters(
+        max_tokens=1, temperature=0.0, ignore_eos=True, skip_reading_prefix_cache=not shares_prefixes, **form
+    )
 
-    The flat form lists at every position the prompt's own token, then its k likeliest. Raises EngineOutputError.
-    """
-    flat, size, num_tokens = output.prompt_logprobs, len(response_ids), len(output.prompt_token_ids)
-    begin = flat.start_indices[num_tokens - size] if len(flat) == num_tokens else 0
+
+def flat_form(top_k: int) -> dict[str, Any]:
+    """The form that every engine knows: at every position the prompt's own token, then its k likeliest."""
+    return {"prompt_logprobs": top_k, "flat_logprobs": True}
+
+
+FlatColumns = tuple[Float32Array, Int32Array, Int32Array, Float32Array]
+
+
+def prompt_logprobs_of(output: Any, response_ids: Int32Array, top_k: int) -> FlatColumns:
+    """flat_columns of a request's last R prompt tokens."""
+    flat, num_tokens = output.prompt_logprobs, len(output.prompt_token_ids)
+    begin = flat.start_indices[num_tokens - len(response_ids)] if len(flat) == num_tokens else 0
+    return flat_columns(flat, begin, response_ids, top_k)
+
+
+def flat_columns(flat: Any, begin: int, ids: Int32Array, top_k: int) -> FlatColumns:
+    """(log-probs [R], ranks [R], top-k ids [R, K], top-k log-probs [R, K]) of flat log-probs from entry `begin` on, which
+    must be of these ids. Raises EngineOutputError."""
+    size = len(ids)
     columns = [np.asarray(values[begin:]) for values in (flat.token_ids, flat.logprobs, flat.ranks)]
     if any(len(column) != size * (top_k + 1) for column in columns):
         raise EngineOutputError(
-            f"vLLM gave {len(flat.logprobs)} log-probs at {len(flat)} positions for {num_tokens} tokens; expected {top_k + 1} a position."
+            f"vLLM gave {len(flat.logprobs)} log-probs at {len(flat)} positions, {size} of them of the response; expected {top_k + 1} a position."
         )
-    ids, logprobs, ranks = (column.reshape(size, top_k + 1) for column in columns)
-    if not np.array_equal(ids[:, 0], response_ids):
-        raise EngineOutputError("vLLM scored other token ids than the response's.")
+    found, logprobs, ranks = (column.reshape(size, top_k + 1) for column in columns)
+    if not np.array_equal(found[:, 0], ids):
+        raise EngineOutputError("vLLM gave log-probs of other token ids than the response's.")
     return (
         logprobs[:, 0].astype(np.float32),
         ranks[:, 0].astype(np.int32),
-        ids[:, 1:].astype(np.int32),
+        found[:, 1:].astype(np.int32),
         logprobs[:, 1:].astype(np.float32),
     )
 

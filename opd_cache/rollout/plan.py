@@ -50,7 +50,12 @@ def plan_episode(
         n_samples_per_prompt=options.n_samples_per_prompt,
         prompts_per_shard=options.prompts_per_shard,
         sampling=SamplingPlan(
-            options.temperature, options.top_p, options.top_k, options.max_new_tokens, stop_token_ids
+            options.temperature,
+            options.top_p,
+            options.top_k,
+            options.max_new_tokens,
+            stop_token_ids,
+            options.student_top_k,
         ),
         reward=None if options.reward is None else _reward_facts(options.reward, recipe.eval),
     )

@@ -27,6 +27,8 @@ class Sample:
     sampling_logprobs: Float32Array
     raw_logprobs: Float32Array | None
     finish_reason: str
+    topk_ids: Int32Array | None = None  # [R, K], the student's likeliest first, where the plan asks for them
+    topk_logprobs: Float32Array | None = None  # [R, K], at temperature 1 without cuts
 
 
 class Sampler(Protocol):

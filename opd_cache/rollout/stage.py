@@ -104,7 +104,7 @@ def _sample_shard(
     for sampled in sampler.sample(requests, plan.sampling):
         prompt, sample_index = order[sampled.key]
         rollout = _rollout(plan, prompt, sample_index, sampled)
-        if fault := rollout_fault(rollout):
+        if fault := rollout_fault(rollout, plan.sampling.student_top_k):
             raise StoreError(
                 f"the sampler ({sampler.engine}) made {rollout.rollout_id}: {fault}; nothing was published."
             )
@@ -128,11 +128,13 @@ def _rollout(plan: RolloutPlan, prompt: Prompt, sample_index: int, sampled: Samp
         raw_logprobs=sampled.raw_logprobs,
         finish_reason=sampled.finish_reason,
         policy_version=plan.policy_version,
+        topk_ids=sampled.topk_ids,
+        topk_logprobs=sampled.topk_logprobs,
     )
 
 
 def _row_groups(rollouts: list[Rollout], plan: RolloutPlan, shards: ShardSet) -> Iterator[pa.RecordBatch]:
-    start, limit = 0, group_limit(plan.sampling.max_new_tokens)
+    start, limit = 0, group_limit(plan.sampling.max_new_tokens * max(plan.sampling.student_top_k, 1))
     for size in group_sizes(len(rollouts), plan.n_samples_per_prompt, limit):
         yield rollout_batch(rollouts[start : start + size], shards.schema)
         start += size

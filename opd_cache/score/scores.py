@@ -21,6 +21,7 @@ class ScoreRequest:
     prompt_ids: Int32Array  # [P], P > 0
     response_ids: Int32Array  # [R], R may be 0
     group: int  # requests of one group are neighbours and have the same prompt
+    support_ids: Int32Array | None = None  # [R, K], to be scored as the top k; None: the teacher's likeliest
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +36,7 @@ class TokenScores:
     key: int
     logprobs: Float32Array  # [R], of each response id given all before it, nats
     rank: Int32Array  # [R], 1 = the teacher's likeliest token, or UNKNOWN_RANK
-    topk_ids: Int32Array  # [R, K], likeliest first
+    topk_ids: Int32Array  # [R, K], likeliest first, or the request's support_ids
     topk_logprobs: Float32Array  # [R, K], not renormalised
     error: str | None = None
 
@@ -76,6 +77,13 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Give the teacher's memory back; load brings it again."""
+
+
+def beyond_vocabulary(request: ScoreRequest, vocab_size: int) -> str | None:
+    """Why a teacher with so many embeddings cannot score the request."""
+    asked = [request.prompt_ids, request.response_ids, *([] if request.support_ids is None else [request.support_ids])]
+    largest = max(ids.max(initial=0) for ids in asked)
+    return f"token id {largest}, the teacher has {vocab_size} embeddings" if largest >= vocab_size else None
 
 
 def no_scores(key: int, top_k: int, error: str | None = None) -> TokenScores:

@@ -58,7 +58,10 @@ def score_episode(run: Run, episode: int, teacher: str, scorer: Scorer, share: S
     something else before, ModelError when its vocabulary is another.
     """
     options = run.recipe.score
-    return score_rollouts(run, run.dir.episode(episode), teacher, scorer, options.top_k, share, options.horizon)
+    target = run.dir.episode(episode)
+    return score_rollouts(
+        run, target, teacher, scorer, options.top_k, share, options.horizon, options.support == "student"
+    )
 
 
 def score_rollouts(
@@ -69,11 +72,19 @@ def score_rollouts(
     top_k: int,
     share: Share = EVERYTHING,
     horizon: int | None = None,
+    on_student_support: bool = False,
 ) -> bool:
-    """Make the missing score shards of one plan's rollouts, of the tokens up to `horizon` that have no score yet."""
+    """Make the missing score shards of one plan's rollouts, of the tokens up to `horizon` that have no score yet.
+
+    on_student_support: of the student's top k that the rollouts hold, in place of the teacher's own.
+    """
     if not target.plan.exists():
         raise MissingInputError(f"{target.path}: no rollouts yet. Run: {stage_command('rollout', target)}")
     plan = load_rollout_plan(target)
+    if on_student_support and plan.sampling.student_top_k < top_k:
+        raise MismatchError(
+            f"{target.plan}: the rollouts hold the student's {plan.sampling.student_top_k} likeliest tokens, score.support = 'student' with score.top_k = {top_k} needs as many. Lower it, or sample with rollout.student_top_k={top_k} in another run_dir."
+        )
     rollouts = rollout_shards(target, plan)
     seal = rollouts.open_seal()
     config = run.teacher_config(teacher, plan.policy_version)
@@ -94,6 +105,7 @@ def score_rollouts(
         "teacher_prompts": None if prompts is None else digest_file(prompts),
         "first_token": first_token or None,
         "horizon": horizon,
+        "support": "student" if on_student_support else None,
     }
     publish_score_plan(target, plan, facts)
     scores = score_shards(target, plan, teacher, first_token)
@@ -189,7 +201,7 @@ def _score_window(
             scores.topk_logprobs,
             scores.error,
         )
-        if fault := score_fault(row, score, about):
+        if fault := score_fault(row, score, about) or _support_fault(row, score, about):
             raise StoreError(
                 f"the scorer ({scorer.engine}, {scorer.dtype}) gave {score.rollout_id}: {fault}; nothing was published."
             )
@@ -226,7 +238,23 @@ def _scores(
 def _request(key: int, row: Rollout, prompt_ids: Int32Array, about: Mapping[str, Any]) -> ScoreRequest:
     """The tokens of a response that are to be scored. Those before them stand behind the prompt."""
     first, horizon = about.get("first_token"), about.get("horizon")
+    support = _support_ids(row, about)
     if first is None:
-        return ScoreRequest(key, prompt_ids, row.response_ids[:horizon], row.prompt_index)
+        return ScoreRequest(key, prompt_ids, row.response_ids[:horizon], row.prompt_index, support)
     seen = np.concatenate([prompt_ids, row.response_ids[:first]])
-    return ScoreRequest(key, seen, row.response_ids[first:horizon], group=key)
+    return ScoreRequest(key, seen, row.response_ids[first:horizon], group=key, support_ids=support)
+
+
+def _support_ids(row: Rollout, about: Mapping[str, Any]) -> Int32Array | None:
+    """The student's likeliest tokens where the teacher is asked for them."""
+    if about.get("support") != "student":
+        return None
+    assert row.topk_ids is not None, "the plan says that they are cached"
+    return row.topk_ids[about.get("first_token") : about.get("horizon"), : about["top_k"]]
+
+
+def _support_fault(row: Rollout, score: Score, about: Mapping[str, Any]) -> str | None:
+    support = _support_ids(row, about)
+    if support is None or score.error is not None or np.array_equal(score.topk_ids, support):
+        return None
+    return "topk_ids are not the student's"

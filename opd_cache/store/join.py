@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opd_cache.errors import AlignmentError, CorruptShardError
-from opd_cache.store.rows import RowGroup, rollouts_of, row_group, scores_of
+from opd_cache.store.rows import STUDENT_TOPK, RowGroup, rollouts_of, row_group, scores_of
 from opd_cache.store.shards import ShardSet, read_row_group
 from opd_cache.types import Rollout, Score
 
@@ -101,15 +101,20 @@ def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterato
 
 def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Rollout, int]]:
     """read_rollouts, each with its ids_hash."""
+    top_k = rollouts.about.get("sampling", {}).get("student_top_k", 0)
     for first, group in _row_groups(rollouts, shard, start_row):
         hashes = group.table["ids_hash"].to_pylist()
-        is_fit = _fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
-        for row, rollout in enumerate(rollouts_of(group), first):
+        is_fit = (
+            _fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
+            and _fits(group, "student_topk_ids", ("student_topk_logprobs",))
+            and _is_even(group, "response_ids", dict.fromkeys(STUDENT_TOPK, top_k))
+        )
+        for row, rollout in enumerate(rollouts_of(group, top_k), first):
             if row < start_row:
                 continue
             # Page checksums leave out page headers, where one flipped bit can shorten a column's last list.
             ids_hash = rollout.ids_hash
-            fault = None if is_fit else rollout_fault(rollout)
+            fault = None if is_fit else rollout_fault(rollout, top_k)
             if ids_hash != hashes[row - first]:
                 fault = "its token ids do not give its ids_hash"
             if fault:
@@ -125,12 +130,13 @@ def read_scores(scores: ShardSet, shard: int, start_row: int = 0) -> Iterator[Sc
 def _sized_scores(scores: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Score, int | None]]:
     """read_scores, each with how many response tokens its lists fit; None where that takes a look at the row."""
     top_k = scores.about["top_k"]
+    widths = {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}
     is_part = any(scores.about.get(name) is not None for name in ("first_token", "horizon"))
     for first, group in _row_groups(scores, shard, start_row):
         is_fit = _fits(group, "teacher_logprobs", ("teacher_logprobs",)) and _fits(
             group, "topk_logprobs", ("topk_logprobs",)
         )
-        is_even = not is_part and _is_even(group, top_k)
+        is_even = not is_part and _is_even(group, "teacher_logprobs", widths)
         for row, score in enumerate(scores_of(group, top_k), first):
             if row < start_row:
                 continue
@@ -139,10 +145,9 @@ def _sized_scores(scores: ShardSet, shard: int, start_row: int) -> Iterator[tupl
             yield score, len(score.teacher_logprobs) if is_even else None
 
 
-def _is_even(group: RowGroup, top_k: int) -> bool:
-    """Whether the lists of every row are as long as its teacher_logprobs, those of the top k `top_k` times that."""
-    tokens = group.lists["teacher_logprobs"].offsets
-    widths = {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}
+def _is_even(group: RowGroup, per_token: str, widths: Mapping[str, int]) -> bool:
+    """Whether every list of these columns holds its width of values for each one of the per-token column."""
+    tokens = group.lists[per_token].offsets
     return all(
         np.array_equal(group.lists[name].offsets, tokens * width)
         for name, width in widths.items()
@@ -179,15 +184,22 @@ def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[
             first += num_rows
 
 
-def rollout_fault(rollout: Rollout) -> str | None:
+def rollout_fault(rollout: Rollout, top_k: int = 0) -> str | None:
     """What makes a rollout unfit to be stored or learned from: lengths that differ, values that no log-prob or
-    reward has."""
+    reward has. top_k: how many of the student's likeliest tokens it is to hold."""
     for name in ("sampling_logprobs", "raw_logprobs"):
         values = getattr(rollout, name)
         if values is not None and len(values) != len(rollout.response_ids):
             return f"{name} has {len(values)} values, response_ids has {len(rollout.response_ids)}"
         if values is not None and (fault := _logprob_fault(values, name)):
             return fault
+    for name in ("topk_ids", "topk_logprobs") if top_k else ():
+        values = getattr(rollout, name)
+        if values is None or values.shape != (len(rollout.response_ids), top_k):
+            found = "no" if values is None else values.size
+            return f"student_{name} has {found} values, expected {top_k} for each of {len(rollout.response_ids)} response_ids"
+    if rollout.topk_logprobs is not None and (fault := _logprob_fault(rollout.topk_logprobs, "student_topk_logprobs")):
+        return fault
     if rollout.reward is not None and not math.isfinite(rollout.reward):
         return f"reward is {rollout.reward}; expected a finite number"
     return None

@@ -12,8 +12,8 @@ from opd_cache.store.rows import rollouts_schema, scores_schema
 from opd_cache.store.shards import ShardSet
 
 # In a scoring plan only where they say something: sha256 of the teacher's own prompts; and which tokens of a response
-# are scored, from first_token (else 0) up to the horizon (else the end).
-OPTIONAL_SCORE_FACTS = ("teacher_prompts", "first_token", "horizon")
+# are scored, from first_token (else 0) up to the horizon (else the end); and whose top k is scored, if not the teacher's.
+OPTIONAL_SCORE_FACTS = ("teacher_prompts", "first_token", "horizon", "support")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SamplingPlan:
     top_k: int | None
     max_new_tokens: int
     stop_token_ids: list[int]
+    student_top_k: int = 0  # of the student's likeliest tokens, cached at every position
 
     @property
     def cuts_distribution(self) -> bool:
@@ -102,7 +103,7 @@ def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
     return ShardSet(
         target.rollouts,
         plan.num_shards,
-        rollouts_schema(plan.sampling.cuts_distribution, plan.reward is not None),
+        rollouts_schema(plan.sampling.cuts_distribution, plan.reward is not None, plan.sampling.student_top_k > 0),
         about,
         stage_command("rollout", target),
     )

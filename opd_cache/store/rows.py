@@ -12,11 +12,12 @@ from opd_cache import schema
 from opd_cache.types import Rollout, Score
 
 ROWS_PER_GROUP = 256
+STUDENT_TOPK = ("student_topk_ids", "student_topk_logprobs")
 VALUES_PER_GROUP = 1 << 22  # per column, at full length: 64 responses of 1024 tokens with a top k of 64
 
 
-def rollouts_schema(with_raw_logprobs: bool, with_reward: bool) -> pa.Schema:
-    chosen = {"raw_logprobs": with_raw_logprobs, "reward": with_reward}
+def rollouts_schema(with_raw_logprobs: bool, with_reward: bool, with_topk: bool = False) -> pa.Schema:
+    chosen = {"raw_logprobs": with_raw_logprobs, "reward": with_reward, **dict.fromkeys(STUDENT_TOPK, with_topk)}
     return schema.arrow_schema(schema.ROLLOUTS, frozenset(name for name, is_chosen in chosen.items() if is_chosen))
 
 
@@ -51,6 +52,8 @@ def rollout_batch(rows: Sequence[Rollout], table_schema: pa.Schema) -> pa.Record
         "sampling_logprobs": [r.sampling_logprobs for r in rows],
         "raw_logprobs": [r.raw_logprobs for r in rows],
         "reward": [r.reward for r in rows],
+        "student_topk_ids": [_flat(r.topk_ids) for r in rows],
+        "student_topk_logprobs": [_flat(r.topk_logprobs) for r in rows],
     }
     return _record_batch(columns, table_schema)
 
@@ -68,6 +71,10 @@ def score_batch(rows: Sequence[Score], table_schema: pa.Schema) -> pa.RecordBatc
         "topk_logprobs": [s.topk_logprobs.reshape(-1) for s in rows],
     }
     return _record_batch(columns, table_schema)
+
+
+def _flat(values_RK: npt.NDArray | None) -> npt.NDArray | None:
+    return None if values_RK is None else values_RK.reshape(-1)
 
 
 def _record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
@@ -141,8 +148,8 @@ def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:
     return _lists_of(table[name]).rows()
 
 
-def rollouts_of(group: RowGroup) -> list[Rollout]:
-    """The rollouts of one row group."""
+def rollouts_of(group: RowGroup, top_k: int = 0) -> list[Rollout]:
+    """The rollouts of one row group. top_k: of the student's likeliest tokens in it."""
     table, lists = group.table, group.lists
     absent = [None] * len(table)
     columns = zip(
@@ -151,6 +158,10 @@ def rollouts_of(group: RowGroup) -> list[Rollout]:
         *(table[name].to_pylist() for name in ("finish_reason", "policy_version")),
         lists["raw_logprobs"].rows() if "raw_logprobs" in lists else absent,
         table["reward"].to_pylist() if "reward" in table.column_names else absent,
+        *(
+            lists[name].rows_by_token(lists["response_ids"].offsets, top_k) if name in lists else absent
+            for name in STUDENT_TOPK
+        ),
         strict=True,
     )
     return [Rollout(*row) for row in columns]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def student(folder: Path) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def sampler(teacher_folder: Path) -> Iterator[VllmSampler]:
-    sampler = VllmSampler(student(teacher_folder), RolloutConfig(vllm=VllmOptions(**SMALL)))
+    sampler = VllmSampler(student(teacher_folder), RolloutConfig(vllm=VllmOptions(**SMALL), student_top_k=25))
     sampler.load_policy(student(teacher_folder))
     yield sampler
     sampler.close()
@@ -95,6 +96,21 @@ def test_cut_distributions_come_with_both_logprobs(sampler: VllmSampler, teacher
         assert not np.allclose(sample.sampling_logprobs, sample.raw_logprobs, atol=1e-2)
 
 
+@pytest.mark.parametrize("cuts", [{}, {"temperature": 0.7, "top_k": 5}])
+def test_the_students_likeliest_tokens_come_at_temperature_1_without_cuts(
+    sampler: VllmSampler, teacher_folder: Path, cuts: dict
+) -> None:
+    rows = requests(prompts=4)
+    found = by_key(sampler, rows, replace(PLAN, student_top_k=25, **cuts))
+    scorer = HFScorer(TeacherConfig(model=str(teacher_folder), dtype="float32", device="cpu"), ScoreConfig())
+    asked = [ScoreRequest(row.key, row.prompt_ids, found[row.key].response_ids, row.key) for row in rows]
+    for scores in scorer.score(asked, 25):
+        sample = found[scores.key]
+        np.testing.assert_allclose(sample.topk_logprobs, scores.topk_logprobs, atol=2e-5, rtol=0)
+        assert (sample.topk_ids == scores.topk_ids).mean() > 0.99  # near ties may swap
+        assert (sample.raw_logprobs is None) == (cuts == {})
+
+
 def test_greedy_takes_the_likeliest_token(sampler: VllmSampler, teacher_folder: Path) -> None:
     rows = requests(prompts=3, samples=1)
     found = by_key(sampler, rows, SamplingPlan(0.0, 1.0, None, 10, STOP))
@@ -104,6 +120,10 @@ def test_greedy_takes_the_likeliest_token(sampler: VllmSampler, teacher_folder: 
 
 
 def test_prompts_that_leave_no_room_are_refused(sampler: VllmSampler) -> None:
+    just = SampleRequest(0, np.full(sampler.loaded.context_length - 24, 99, np.int32), 1)
+    assert by_key(sampler, [just])
+    with pytest.raises(ConfigError, match=r"max_new_tokens = 24, and one more for raw_logprobs, exceed"):
+        list(sampler.sample([just], replace(PLAN, temperature=0.7)))
     row = SampleRequest(0, np.full(240, 99, np.int32), 1)
     with pytest.raises(
         ConfigError, match=r"a prompt of 240 tokens and rollout.max_new_tokens = 24 exceed the student's"

@@ -44,6 +44,12 @@ def by_key(scorer: Scorer, rows: Sequence[ScoreRequest], top_k: int) -> dict[int
     return found
 
 
+def with_support(rows: Sequence[ScoreRequest]) -> list[ScoreRequest]:
+    """The same rows, asked for three ids a token."""
+    rng = np.random.default_rng(1)
+    return [replace(row, support_ids=rng.integers(3, 258, (len(row.response_ids), 3)).astype(np.int32)) for row in rows]
+
+
 @pytest.fixture(scope="module")
 def scorer(teacher_folder: Path) -> Iterator[VllmScorer]:
     scorer = VllmScorer(config(teacher_folder), ScoreConfig(top_k=TOP_K, vllm=VllmOptions(**SMALL)))
@@ -119,3 +125,16 @@ def test_the_array_form_of_the_gpus_model_runner_agrees_too(teacher_folder: Path
     expected = by_key(HFScorer(config(teacher_folder), ScoreConfig()), requests(num_prompts=3), 0)
     for key, scores in expected.items():
         np.testing.assert_allclose(found["logprobs"][str(key)], scores.logprobs, atol=2e-5, rtol=0)
+    on_support = by_key(HFScorer(config(teacher_folder), ScoreConfig()), with_support(requests(num_prompts=1)), 3)
+    assert len(on_support) == len(found["on_support"])
+    for key, scores in on_support.items():
+        logprobs, topk_logprobs = found["on_support"][str(key)]
+        np.testing.assert_allclose(logprobs, scores.logprobs, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(np.reshape(topk_logprobs, (-1, 3)), scores.topk_logprobs, atol=2e-5, rtol=0)
+
+
+def test_the_first_model_runner_refuses_the_students_support(teacher_folder: Path) -> None:
+    scorer = VllmScorer(config(teacher_folder), ScoreConfig(vllm=VllmOptions(**SMALL), top_k=3, support="student"))
+    with pytest.raises(ConfigError, match=r"score.support = 'student' needs vLLM's second model runner") as caught:
+        scorer.load()
+    assert "\n" not in str(caught.value)

@@ -55,6 +55,7 @@ class _SeededChoice(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(plan.top_p))
         self.sampled: list[Tensor] = []  # [B] each
         self.raw: list[Tensor] = []
+        self.topk: list[tuple[Tensor, Tensor]] = []  # (log-probs, ids), [B, K] each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_BV = scores.float()
@@ -72,6 +73,9 @@ class _SeededChoice(LogitsProcessor):
         self.sampled.append(sampled_BV.gather(-1, chosen_B1).squeeze(-1))
         if self.plan.cuts_distribution:
             self.raw.append(raw_BV.gather(-1, chosen_B1).squeeze(-1))
+        if self.plan.student_top_k:
+            values_BK, ids_BK = raw_BV.topk(self.plan.student_top_k, dim=-1)
+            self.topk.append((values_BK, ids_BK.to(torch.int32)))
         return torch.full_like(logits_BV, float("-inf")).scatter_(-1, chosen_B1, 0.0)
 
 
@@ -115,6 +119,10 @@ class HFSampler:
         module: Any = self.model.module
         input_ids_BP, attention_mask_BP = padded([r.prompt_ids for r in requests], "left", self.model.device)
         self._check_context(input_ids_BP.shape[1], plan.max_new_tokens)
+        if plan.student_top_k > self.model.vocab_size:
+            raise ConfigError(
+                f"rollout.student_top_k = {plan.student_top_k}, but the student has only {self.model.vocab_size} tokens."
+            )
         choice = _SeededChoice(plan, [r.seed for r in requests], self.model.device)
         # A model's own generation_config may hold a repetition penalty or a temperature: none of it may act here.
         module.generation_config = GenerationConfig()
@@ -134,6 +142,7 @@ class HFSampler:
         if np.isnan(sampled_BT).any():
             raise DivergedError(f"{self.model.source}: gives NaN log-probs in {self.dtype}; nothing was published.")
         raw_BT = torch.stack(choice.raw, 1).cpu().numpy() if choice.raw else None
+        topk = [torch.stack(column, 1).cpu().numpy() for column in zip(*choice.topk, strict=True)]  # [B, T, K]
         is_stop_BT = np.isin(new_ids_BT, plan.stop_token_ids)
         for row, request in enumerate(requests):
             # Cut by the first stop id that was sampled, never by a padding id: pad may equal EOS.
@@ -145,4 +154,6 @@ class HFSampler:
                 sampling_logprobs=sampled_BT[row, :length].copy(),
                 raw_logprobs=None if raw_BT is None else raw_BT[row, :length].copy(),
                 finish_reason="stop" if stopped else "length",
+                topk_ids=topk[1][row, :length].copy() if topk else None,
+                topk_logprobs=topk[0][row, :length].copy() if topk else None,
             )

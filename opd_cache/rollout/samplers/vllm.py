@@ -20,7 +20,16 @@ from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.run_dir import CANARY
 from opd_cache.store.plans import SamplingPlan
 from opd_cache.store.publish import read_json
-from opd_cache.vllm_engine import VERSION, VllmEngine, flat_logprobs_of, parameters
+from opd_cache.types import Float32Array, Int32Array
+from opd_cache.vllm_engine import (
+    VERSION,
+    VllmEngine,
+    flat_columns,
+    flat_form,
+    parameters,
+    prompt_logprobs_of,
+    scoring_parameters,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +59,10 @@ class VllmSampler:
             return
         self.close()
         # Log-probs as sampled from, temperature and cuts included.
-        self._engine = VllmEngine(
-            config, self.options.vllm, "rollout.vllm", enable_prefix_caching=True, logprobs_mode="processed_logprobs"
-        )
+        settings: dict[str, Any] = {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs"}
+        if "max_logprobs" not in self.options.vllm.engine_args:
+            settings["max_logprobs"] = max(20, self.options.student_top_k)
+        self._engine = VllmEngine(config, self.options.vllm, "rollout.vllm", **settings)
         if fault := self._canary_fault(folder):
             raise ModelError(f"{folder}: {fault}; nothing was sampled with it.")
 
@@ -90,17 +100,17 @@ class VllmSampler:
         """Responses in the order in which they end, each with its request's key."""
         by_key = {request.key: request for request in requests}
         for request in requests:
-            self._check_context(len(request.prompt_ids), plan.max_new_tokens)
+            self._check_context(len(request.prompt_ids), plan)
         outputs = self.loaded.stream(self._asked(request, plan) for request in requests)
         samples = (_sample(output, plan) for output in outputs)
-        yield from self._with_raw(list(samples), by_key) if plan.cuts_distribution else samples
+        yield from self._with_raw(list(samples), by_key, plan) if plan.cuts_distribution else samples
 
-    def _with_raw(self, samples: list[Sample], by_key: dict[int, SampleRequest]) -> Iterator[Sample]:
-        """The samples with their log-probs at temperature 1 without cuts: the engine gives one kind as it samples, and
-        this one by scoring."""
-        of_prompt = parameters(
-            max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, flat_logprobs=True, skip_reading_prefix_cache=True
-        )  # fmt: skip
+    def _with_raw(
+        self, samples: list[Sample], by_key: dict[int, SampleRequest], plan: SamplingPlan
+    ) -> Iterator[Sample]:
+        """The samples with their log-probs and top k at temperature 1 without cuts: the engine gives one kind as it
+        samples, and this one by scoring."""
+        of_prompt = scoring_parameters(**flat_form(plan.student_top_k))
         sampled = {sample.key: sample for sample in samples}
         whole = (
             (key, [*by_key[key].prompt_ids.tolist(), *sample.response_ids.tolist()], of_prompt)
@@ -108,13 +118,16 @@ class VllmSampler:
         )
         for output in self.loaded.stream(whole):
             sample = sampled[int(output.request_id)]
-            yield replace(sample, raw_logprobs=flat_logprobs_of(output, sample.response_ids, 0)[0])
+            raw, _, ids, logprobs = prompt_logprobs_of(output, sample.response_ids, plan.student_top_k)
+            yield _with_topk(replace(sample, raw_logprobs=raw), plan, ids, logprobs)
 
-    def _check_context(self, prompt_tokens: int, max_new_tokens: int) -> None:
+    def _check_context(self, prompt_tokens: int, plan: SamplingPlan) -> None:
         limit = self.loaded.context_length
-        if prompt_tokens + max_new_tokens > limit:
+        # Scoring what was sampled generates one token behind it.
+        if prompt_tokens + plan.max_new_tokens + plan.cuts_distribution > limit:
+            more = ", and one more for raw_logprobs," if plan.cuts_distribution else ""
             raise ConfigError(
-                f"a prompt of {prompt_tokens} tokens and rollout.max_new_tokens = {max_new_tokens} exceed the student's context of {limit}. Lower it, or set prompts.max_prompt_tokens."
+                f"a prompt of {prompt_tokens} tokens and rollout.max_new_tokens = {plan.max_new_tokens}{more} exceed the student's context of {limit}. Lower it, or set prompts.max_prompt_tokens."
             )
 
     def _asked(self, request: SampleRequest, plan: SamplingPlan) -> tuple[int, list[int], Any]:
@@ -126,7 +139,7 @@ class VllmSampler:
             seed=request.seed,
             stop_token_ids=plan.stop_token_ids,
             ignore_eos=True,  # the plan's ids end a response, and no other
-            logprobs=0,
+            logprobs=_sampled_top_k(plan),
             flat_logprobs=True,
         )  # fmt: skip
 
@@ -134,14 +147,20 @@ class VllmSampler:
 def _sample(output: Any, plan: SamplingPlan) -> Sample:
     (completion,) = output.outputs
     ids = np.array(completion.token_ids, np.int32)
-    flat = completion.logprobs
-    if len(flat.logprobs) != len(ids) or not np.array_equal(np.asarray(flat.token_ids), ids):
-        raise EngineOutputError(f"vLLM gave {len(flat.logprobs)} log-probs for {len(ids)} sampled tokens.")
+    logprobs, _, topk_ids, topk_logprobs = flat_columns(completion.logprobs, 0, ids, _sampled_top_k(plan))
     stopped = len(ids) > 0 and int(ids[-1]) in plan.stop_token_ids
     if (completion.finish_reason == "stop") != stopped:
         raise EngineOutputError(
             f"vLLM ended a response by {completion.finish_reason!r}, but its last token is {ids[-1:]}."
         )
-    return Sample(
-        int(output.request_id), ids, np.array(flat.logprobs, np.float32), None, "stop" if stopped else "length"
-    )
+    sample = Sample(int(output.request_id), ids, logprobs, None, "stop" if stopped else "length")
+    return _with_topk(sample, plan, topk_ids, topk_logprobs)
+
+
+def _sampled_top_k(plan: SamplingPlan) -> int:
+    """The top k that comes along with sampling: that of the distribution sampled from."""
+    return 0 if plan.cuts_distribution else plan.student_top_k
+
+
+def _with_topk(sample: Sample, plan: SamplingPlan, ids: Int32Array, logprobs: Float32Array) -> Sample:
+    return replace(sample, topk_ids=ids, topk_logprobs=logprobs) if ids.shape[1] == plan.student_top_k > 0 else sample

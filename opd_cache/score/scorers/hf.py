@@ -21,7 +21,7 @@ from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded, token_row_chunk
-from opd_cache.score.scores import ScoreRequest, TokenScores, no_scores
+from opd_cache.score.scores import ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
 SHARING_PAYS = 0.25  # share of all tokens that it must save: two passes and a copy of the cache cost something too
 
@@ -68,10 +68,10 @@ class HFScorer:
             if len(request.response_ids) == 0:
                 yield no_scores(request.key, top_k)
             elif limit is not None and request.num_tokens > limit:
-                error = f"{request.num_tokens} tokens, the teacher's context is {limit}"
-                yield no_scores(request.key, top_k, error)
-            elif (largest := max(request.prompt_ids.max(), request.response_ids.max())) >= self.model.vocab_size:
-                error = f"token id {largest}, the teacher has {self.model.vocab_size} embeddings"
+                yield no_scores(
+                    request.key, top_k, f"{request.num_tokens} tokens, the teacher's context is {limit}"
+                )
+            elif error := beyond_vocabulary(request, self.model.vocab_size):
                 yield no_scores(request.key, top_k, error)
             else:
                 scorable.append(request)
@@ -142,23 +142,31 @@ class HFScorer:
         """Columns of TokenScores, of all rows behind each other."""
         model = self.model
         targets_N = torch.from_numpy(np.concatenate([row.response_ids for row in rows])).to(model.device, torch.int64)
-        pieces = []
-        for rows_NH, targets in zip(
-            hidden_NH.split(token_row_chunk(model.vocab_size)),
-            targets_N.split(token_row_chunk(model.vocab_size)),
-            strict=True,
-        ):
-            pieces.append(_score_tokens(model.logits(rows_NH), targets, top_k))
+        wanted = [row.support_ids for row in rows if row.support_ids is not None]
+        support_NK = torch.from_numpy(np.concatenate(wanted)).to(model.device, torch.int64) if wanted else None
+        size, pieces = token_row_chunk(model.vocab_size), []
+        for start in range(0, len(hidden_NH), size):
+            part = slice(start, start + size)
+            support = None if support_NK is None else support_NK[part]
+            pieces.append(_score_tokens(model.logits(hidden_NH[part]), targets_N[part], top_k, support))
         return [torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True)]
 
 
-def _score_tokens(logits_NV: Tensor, targets_N: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs [N], rank [N], top-k ids [N, K], top-k logprobs [N, K]); rank counts strictly likelier tokens from 1."""
+def _score_tokens(
+    logits_NV: Tensor, targets_N: Tensor, top_k: int, support_NK: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs [N], rank [N], top-k ids [N, K], top-k logprobs [N, K]); rank counts strictly likelier tokens from 1.
+
+    support_NK: ids that stand in place of the teacher's likeliest.
+    """
     logprobs_NV = logits_NV.log_softmax(-1)
     chosen_N1 = logprobs_NV.gather(-1, targets_N[:, None])
     rank_N = (logprobs_NV > chosen_N1).sum(-1, dtype=torch.int32) + 1
-    topk = logprobs_NV.topk(top_k, dim=-1)
-    return chosen_N1.squeeze(-1), rank_N, topk.indices.to(torch.int32), topk.values
+    if support_NK is None:
+        listed_NK, support_NK = logprobs_NV.topk(top_k, dim=-1)
+    else:
+        listed_NK = logprobs_NV.gather(-1, support_NK)
+    return chosen_N1.squeeze(-1), rank_N, support_NK.to(torch.int32), listed_NK
 
 
 def _batches(requests: Sequence[ScoreRequest], max_tokens: int, keep_groups: bool) -> Iterator[list[ScoreRequest]]:

@@ -16,8 +16,9 @@ from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.models import dtype_name
-from opd_cache.score.scores import UNKNOWN_RANK, ScoreRequest, TokenScores, no_scores
-from opd_cache.vllm_engine import VERSION, VllmEngine, flat_logprobs_of, parameters, with_overrides
+from opd_cache.score.scores import UNKNOWN_RANK, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
+from opd_cache.types import Int32Array
+from opd_cache.vllm_engine import VERSION, VllmEngine, flat_form, prompt_logprobs_of, scoring_parameters, with_overrides
 
 # The first model runner holds rows × vocabulary × 6 bytes of one forward's rows, beyond what the engine accounts for.
 MAX_BATCHED_TOKENS = 2048
@@ -53,6 +54,11 @@ class VllmScorer:
             engine.close()
             raise ConfigError(
                 f"score.top_k = {self.options.top_k}, but the engine gives at most {limit} (max_logprobs {engine.max_logprobs}, {engine.vocab_size} tokens in {self.teacher.model!r})."
+            )
+        if self.options.support == "student" and not engine.uses_token_ids:
+            engine.close()
+            raise ConfigError(
+                f"score.support = 'student' needs vLLM's second model runner, the default on GPUs; here {self.teacher.model!r} runs on the first, which scores only the teacher's own top k. Use score.scorer=hf."
             )
         self._engine = engine
 
@@ -99,36 +105,38 @@ class VllmScorer:
         # One token is generated behind the response.
         if request.num_tokens + 1 > engine.context_length:
             return f"{request.num_tokens} tokens and one more, the teacher's context is {engine.context_length}"
-        if (largest := max(request.prompt_ids.max(), request.response_ids.max())) >= engine.vocab_size:
-            return f"token id {largest}, the teacher has {engine.vocab_size} embeddings"
-        return None
+        return beyond_vocabulary(request, engine.vocab_size)
 
     def _asked(self, request: ScoreRequest, top_k: int, shares: bool) -> tuple[int, list[int], Any]:
         ids = [*request.prompt_ids.tolist(), *request.response_ids.tolist()]
         wanted: dict[str, Any]
-        if self._gives_arrays(top_k):
-            rows = np.ascontiguousarray(request.response_ids[:, None])
+        if self._gives_arrays(request, top_k):
+            rows = _asked_ids(request)
             wanted = {"prompt_logprob_token_ids": rows, "prompt_logprob_start": len(request.prompt_ids) - 1}
         else:
-            wanted = {"prompt_logprobs": top_k, "flat_logprobs": True}
-        return request.key, ids, parameters(
-            max_tokens=1, temperature=0.0, ignore_eos=True, skip_reading_prefix_cache=not shares, **wanted
-        )  # fmt: skip
+            wanted = flat_form(top_k)
+        return request.key, ids, scoring_parameters(shares_prefixes=shares, **wanted)
 
-    def _gives_arrays(self, top_k: int) -> bool:
-        return top_k == 0 and self.loaded.uses_token_ids
+    def _gives_arrays(self, request: ScoreRequest, top_k: int) -> bool:
+        return self.loaded.uses_token_ids and (top_k == 0 or request.support_ids is not None)
 
     def _scores(self, output: Any, request: ScoreRequest, top_k: int) -> TokenScores | None:
         """None where rows that count were read from the prefix cache and so never computed."""
         first_row, size = len(request.prompt_ids) - 1, len(request.response_ids)
         if (output.num_cached_tokens or 0) > first_row:
             return None
-        if self._gives_arrays(top_k):
+        if self._gives_arrays(request, top_k):
             if output.prompt_token_id_logprobs is None:
                 return None
-            logprobs = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(size)
-            no_topk = np.zeros((size, 0), np.float32)
+            ids = _asked_ids(request)
+            logprobs = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(ids.shape)
             return TokenScores(
-                request.key, logprobs, np.full(size, UNKNOWN_RANK, np.int32), no_topk.astype(np.int32), no_topk
+                request.key, logprobs[:, 0], np.full(size, UNKNOWN_RANK, np.int32), ids[:, 1:], logprobs[:, 1:]
             )
-        return TokenScores(request.key, *flat_logprobs_of(output, request.response_ids, top_k))
+        return TokenScores(request.key, *prompt_logprobs_of(output, request.response_ids, top_k))
+
+
+def _asked_ids(request: ScoreRequest) -> Int32Array:
+    """[R, 1 + K]: each response token's own id, then those of its support."""
+    own = request.response_ids[:, None]
+    return np.ascontiguousarray(own if request.support_ids is None else np.hstack([own, request.support_ids]))
