@@ -1,17 +1,9 @@
-"""Refusing a recipe's mistakes: unknown keys, values of another type or out of range, parts that do not fit together.
-
-Every message names the key, what was found and what is known. Nothing is repaired.
-"""
+"""Refusing a recipe whose parts do not fit together. Single values are checked in config/values.py."""
 
 import dataclasses
-import math
 import re
-import types
-import typing
 from typing import Any
 from urllib.parse import urlsplit
-
-from omegaconf import MISSING
 
 from opd_cache import registry
 from opd_cache.config import (
@@ -23,13 +15,12 @@ from opd_cache.config import (
     VllmOptions,
     field_types,
 )
+from opd_cache.config.values import check_limits, shown, shown_key
 from opd_cache.errors import ConfigError
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 POLICY = re.compile(r"current|0|[1-9][0-9]{0,5}", re.ASCII)
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# NUL ends a path early; a lone surrogate is what Python makes of bytes that are no UTF-8. Neither can be stored.
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # What apply_chat_template takes beside the template's own variables and would change the ids: the intake sets these.
 CHAT_TEMPLATE_ARGUMENTS = (
     "conversation",
@@ -46,92 +37,20 @@ CHAT_TEMPLATE_ARGUMENTS = (
 )
 
 
-def check_section(values: Any, config_type: type, prefix: str, where: str) -> None:
-    """Refuse unknown keys and values of another type, which OmegaConf would convert where it can."""
-    known = field_types(config_type)
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{prefix}{_shown_key(key)} is unknown. Known: {', '.join(sorted(known))}. ({where})")
-        _check_type(value, known[key], f"{prefix}{key}", where)
-
-
-def _check_type(value: Any, kind: Any, key: str, where: str) -> None:
-    if isinstance(value, str) and ("${" in value or value == MISSING):
-        return  # known only when everything is merged
-    optional = typing.get_origin(kind) is typing.Union
-    if optional:
-        if value is None:
-            return
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    accepted = (int, float) if kind is float else origin or (dict if dataclasses.is_dataclass(kind) else kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        quotes = ", in quotes" if kind is str and isinstance(value, int | float) else ""
-        raise ConfigError(
-            f"{key} = {shown(value)} must be {_expected(kind)}{quotes}{', or null' if optional else ''}. ({where})"
-        )
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_type(item, parts[0], f"{key}[{index}]", where)
-    elif origin is dict and isinstance(value, dict):
-        for name, item in value.items():
-            _check_name(name, key, where)
-            if parts[1] is Any:
-                _check_plain(item, f"{key}.{_shown_key(name)}", where)
-            else:
-                _check_type(item, parts[1], f"{key}.{_shown_key(name)}", where)
-    elif dataclasses.is_dataclass(kind):
-        check_section(value, typing.cast(type, kind), f"{key}.", where)
-
-
-def _check_name(name: Any, key: str, where: str) -> None:
-    if not isinstance(name, str):
-        raise ConfigError(f"{key}.{shown(name)}: a name must be text, in quotes. ({where})")
-
-
-def _check_plain(value: Any, key: str, where: str) -> None:
-    """Refuse what JSON could not give back as it was: run.json stores it and every later start compares it."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_name(name, key, where)
-            _check_plain(item, f"{key}.{_shown_key(name)}", where)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{key}[{index}]", where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} = {value} is not a finite number. ({where})")
-
-
-def _expected(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
-    return names.get(typing.get_origin(kind) or kind, "a mapping of keys")
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe would say it, on one line and not too long."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _shown_key(key: Any) -> str:
-    return key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 80 else shown(key)
-
-
 def check_recipe(recipe: Recipe) -> None:
     """Refuse values out of range and sections that do not fit together. Raises ConfigError."""
-    _check_limits(recipe, "")
+    check_limits(recipe, "")
     if not recipe.teachers:
         raise ConfigError("the recipe names no teacher. Add teachers.main.model=FOLDER_OR_NAME.")
     for name, teacher in recipe.teachers.items():
         for key in teacher.vllm:
             if key not in (known := field_types(VllmOptions)):
                 raise ConfigError(
-                    f"teachers.{name}.vllm.{_shown_key(key)} is unknown. Known: {', '.join(sorted(known))}."
+                    f"teachers.{name}.vllm.{shown_key(key)} is unknown. Known: {', '.join(sorted(known))}."
                 )
         if not TEACHER_NAME.fullmatch(name):
             raise ConfigError(
-                f"teachers.{_shown_key(name)}: a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."
+                f"teachers.{shown_key(name)}: a teacher's name has 1-64 letters, digits, '_', '-' or '.' and starts with a letter or digit, since it names a folder."
             )
     _check_known_teacher(recipe, "score.teacher", recipe.score.teacher)
     _check_learning_teachers(recipe)
@@ -260,7 +179,7 @@ def _check_learning_teachers(recipe: Recipe) -> None:
     for name in learn.teachers or {}:
         _check_known_teacher(recipe, "learn.teachers", name)
     for value, name in (learn.routes or {}).items():
-        _check_known_teacher(recipe, f"learn.routes.{_shown_key(value)}", name)
+        _check_known_teacher(recipe, f"learn.routes.{shown_key(value)}", name)
     for key in ("teachers", "routes"):
         if getattr(learn, key) == {}:
             raise ConfigError(f"learn.{key} = {{}} is empty; leave it out, or name a teacher.")
@@ -287,44 +206,3 @@ def _check_loss(loss: LossConfig) -> None:
         if name == "mixed":
             raise ConfigError("learn.loss.terms.mixed: a mixed loss cannot be a term of itself.")
         registry.check_name(registry.LOSSES, name, "learn.loss.terms")
-
-
-def _check_limits(config: Any, prefix: str) -> None:
-    for f in dataclasses.fields(config):
-        value, key = getattr(config, f.name), f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(value):
-            _check_limits(value, f"{key}.")
-        elif isinstance(value, dict):
-            for name, entry in value.items():
-                if dataclasses.is_dataclass(entry):
-                    _check_limits(entry, f"{key}.{name}.")
-                elif isinstance(entry, float):
-                    _check_value(entry, f"{key}.{_shown_key(name)}", f.metadata)
-        elif isinstance(value, list):
-            if not value:
-                raise ConfigError(f"{key} = [] is empty; leave it out, or give at least one.")
-            for index, item in enumerate(value):
-                _check_value(item, f"{key}[{index}]", f.metadata)
-        elif value is not None:
-            if value == "" and f.default == MISSING:
-                raise ConfigError(f"{key} = '' is empty.")
-            _check_value(value, key, f.metadata)
-
-
-def _check_value(value: Any, key: str, limits: types.MappingProxyType[str, Any]) -> None:
-    if isinstance(value, str) and NO_TEXT.search(value):
-        raise ConfigError(f"{key} = {shown(value)} holds what is no UTF-8 text.")
-    if "table" in limits:
-        registry.check_name(limits["table"], value, key)
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(f"{key} = {shown(value)} is unknown. Known: {', '.join(limits['choices'])}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} = {value} is not a finite number.")
-    if "min" in limits and value < limits["min"]:
-        raise ConfigError(f"{key} = {value} is too small; it must be at least {limits['min']}.")
-    if "above" in limits and value <= limits["above"]:
-        raise ConfigError(f"{key} = {value} is too small; it must be above {limits['above']}.")
-    if "max" in limits and value > limits["max"]:
-        raise ConfigError(f"{key} = {value} is too large; it must be at most {limits['max']}.")
-    if "below" in limits and value >= limits["below"]:
-        raise ConfigError(f"{key} = {value} is too large; it must be below {limits['below']}.")

@@ -1,6 +1,6 @@
 """Reading recipes: several YAML files merge left to right, then `key=value` from the command line.
 
-What a recipe may say is in config.py; what is refused, in recipe_checks.py.
+What a recipe may say is in config/; what is refused, in config/values.py and recipe_checks.py.
 """
 
 import errno
@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd_cache.config import Recipe
+from opd_cache.config.values import check_section
 from opd_cache.errors import ConfigError
-from opd_cache.recipe_checks import check_recipe, check_section
+from opd_cache.recipe_checks import check_recipe
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
 MAX_YAML_DEPTH = 32

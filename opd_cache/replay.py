@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 from opd_cache.compare import compare_episodes
 from opd_cache.config import Recipe
+from opd_cache.config.values import shown
 from opd_cache.errors import ConfigError, MismatchError, MissingInputError
 from opd_cache.launch.ranks import run_ranks
 from opd_cache.learn.plan import NOT_IN_THE_PLAN, plan_learning
 from opd_cache.pipeline import InlineStages
-from opd_cache.recipe_checks import shown
 from opd_cache.recipes import recipe_yaml, stored_recipe
 from opd_cache.run import IDENTITY, Run, check_same_run, open_run
 from opd_cache.run_dir import COMPLETE, PLAN, SEAL, RolloutSet, RunDir

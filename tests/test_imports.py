@@ -28,7 +28,7 @@ LIGHT = (
     "__main__.py",
     "cli.py",
     "compare.py",
-    "config.py",
+    "config/",
     "errors.py",
     "fingerprint.py",
     "grade.py",

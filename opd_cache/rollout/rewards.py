@@ -7,9 +7,9 @@ import numpy as np
 
 from opd_cache import registry
 from opd_cache.config import ModelConfig
+from opd_cache.config.values import shown
 from opd_cache.errors import ConfigError, StoreError
 from opd_cache.grade import response_of
-from opd_cache.recipe_checks import shown
 from opd_cache.run import load_tokenizer
 from opd_cache.types import Prompt, Rollout
 

@@ -68,9 +68,7 @@ class HFScorer:
             if len(request.response_ids) == 0:
                 yield no_scores(request.key, top_k)
             elif limit is not None and request.num_tokens > limit:
-                yield no_scores(
-                    request.key, top_k, f"{request.num_tokens} tokens, the teacher's context is {limit}"
-                )
+                yield no_scores(request.key, top_k, f"{request.num_tokens} tokens, the teacher's context is {limit}")
             elif error := beyond_vocabulary(request, self.model.vocab_size):
                 yield no_scores(request.key, top_k, error)
             else:
