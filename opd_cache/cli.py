@@ -43,12 +43,13 @@ def _share_options(command: Callable) -> Callable:
     for option in (
         click.option("--shard", type=click.IntRange(min=0), help="Only this shard."),
         click.option(
-            "--num-tasks", type=click.IntRange(min=1), default=1, help="Processes that share the missing shards."
+            "--num-tasks",
+            type=click.IntRange(min=1),
+            help="Processes that share the missing shards; without it, the tasks of the Slurm array that this is in.",
         ),
         click.option(
             "--task",
             type=click.IntRange(min=0),
-            default=0,
             help="Which of them this is: it takes shards with index % num_tasks == task.",
         ),
         click.option("--episode", type=click.IntRange(min=0), required=True, help="Episode number, from 0."),
@@ -93,9 +94,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _share(task: int, num_tasks: int, shard: int | None) -> Any:
+def _share(task: int | None, num_tasks: int | None, shard: int | None) -> Any:
+    from opd_cache.launch.slurm_tasks import array_share
     from opd_cache.stage import Share
 
+    if task is None and num_tasks is None:
+        task, num_tasks = array_share(os.environ) if shard is None else (0, 1)
+    task, num_tasks = task or 0, num_tasks or 1
     if task >= num_tasks:
         raise click.UsageError(f"--task {task} must be below --num-tasks {num_tasks}.")
     return Share(task, num_tasks, shard)
@@ -110,7 +115,7 @@ def _inline_stages(recipe: tuple[str, ...], stage: str) -> Any:
 @cli.command(epilog=EPILOG_RECIPE)
 @_recipe_arguments
 @_share_options
-def rollout(recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, shard: int | None) -> None:
+def rollout(recipe: tuple[str, ...], episode: int, task: int | None, num_tasks: int | None, shard: int | None) -> None:
     """Sample responses with the student.
 
     Makes the missing shards of episode=N/rollouts and seals them when all are there.
@@ -126,7 +131,12 @@ def rollout(recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, sh
 @_share_options
 @click.option("--teacher", help="Only this teacher of the recipe.")
 def score(
-    recipe: tuple[str, ...], episode: int, task: int, num_tasks: int, shard: int | None, teacher: str | None
+    recipe: tuple[str, ...],
+    episode: int,
+    task: int | None,
+    num_tasks: int | None,
+    shard: int | None,
+    teacher: str | None,
 ) -> None:
     """Give every sampled token its teacher's log-prob.
 

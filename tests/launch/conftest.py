@@ -1,0 +1,22 @@
+"""A real Slurm of two nodes on this machine, where Debian's packages of it are installed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import PATH_OF_DAEMONS, PROGRAMS, Slurm
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH_OF_DAEMONS) is None]:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install munge slurmctld slurmd slurm-client")
+    # Sockets lie in it, so its path must be short.
+    folder = Path(f"/tmp/opd-cache-slurm-{os.getpid()}")
+    cluster = Slurm(folder)
+    cluster.sandbox("start")
+    yield cluster
+    cluster.sandbox("stop")
+    shutil.rmtree(folder)
