@@ -23,9 +23,12 @@ def stage_peak_bytes(stage: str, recipe: list[str]) -> int:
     return peak_bytes(opd_cache_command(stage, *recipe, "--episode", "0"))
 
 
-def long_episode(task: Path, run_dir: Path, rollouts: int, shard: int = 500) -> list[str]:
-    """A recipe of so many rollouts of 40 random tokens, `shard` of them in each shard."""
-    prompts = write_jsonl(run_dir.with_suffix(".jsonl"), [{"prompt": f"sort {i}:"} for i in range(rollouts // 2)])
+def write_prompts(path: Path, count: int) -> Path:
+    return write_jsonl(path, [{"prompt": f"sort {i}:"} for i in range(count)])
+
+
+def long_episode(task: Path, run_dir: Path, prompts: Path, rollouts: int, shard: int = 500) -> list[str]:
+    """A recipe of so many rollouts of 40 random tokens, two a prompt and `shard` in each shard."""
     return [
         str(task / "recipe.yaml"), f"run_dir={run_dir}", f"prompts.path={prompts}", "rollout.sampler=random_sampler:RandomSampler",
         f"rollout.prompts_per_episode={rollouts // 2}", f"rollout.prompts_per_shard={shard // 2}", "rollout.max_new_tokens=40",

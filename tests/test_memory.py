@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from peak_memory import long_episode, stage_peak_bytes
+from peak_memory import long_episode, stage_peak_bytes, write_prompts
 
 ROLLOUTS = {"short": 1_000, "long": 10_000}
 
@@ -12,10 +12,11 @@ ROLLOUTS = {"short": 1_000, "long": 10_000}
 def peaks(task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Peak memory of each stage for each episode length."""
     folder = tmp_path_factory.mktemp("memory")
+    prompts = write_prompts(folder / "prompts.jsonl", max(ROLLOUTS.values()) // 2)
     found: dict[str, dict[str, int]] = {}
     for name, count in ROLLOUTS.items():
         recipe = [
-            *long_episode(task, folder / name, count), "score.top_k=16", "score.max_tokens_per_batch=4096",
+            *long_episode(task, folder / name, prompts, count), "score.top_k=16", "score.max_tokens_per_batch=4096",
             "learn.train_batch_size=250", "learn.max_tokens_per_micro_batch=4096",
         ]  # fmt: skip
         found[name] = {stage: stage_peak_bytes(stage, recipe) for stage in ("rollout", "score", "learn")}

@@ -1,4 +1,4 @@
-"""The score stage on top of a real vLLM server: the scores are those of the hf scorer, and its end is no one's loss."""
+"""The score stage and the http scorer on top of a real vLLM server."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def scorer_of(served: ServedVllm, teacher_folder: Path, top_k: int = 0, **option
     return HTTPScorer(TeacherConfig(model=str(teacher_folder)), ScoreConfig(scorer="http", top_k=top_k, http=http))
 
 
-def test_auto_finds_the_way_that_sends_the_least(served: ServedVllm, teacher_folder: Path) -> None:
+def test_auto_finds_the_way_of_ids_in_and_ids_out(served: ServedVllm, teacher_folder: Path) -> None:
     scorer = scorer_of(served, teacher_folder)
     scorer.load()
     assert scorer.engine == "http vllm_generate"
