@@ -21,9 +21,9 @@ def tiny_qwen2(seed: int, hidden_size: int = 32, **options: object) -> PreTraine
     """A real Qwen2 of some 40 k random parameters."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=258, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-        **{"tie_word_embeddings": True, "max_position_embeddings": 64, **options},
+        **{"vocab_size": 258, "tie_word_embeddings": True, "max_position_embeddings": 64, **options},
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():

@@ -1,43 +1,25 @@
-"""Peak memory of the stages does not grow with the episode."""
+"""Peak memory of the stages does not grow with the episode. Of the other scorers: score/test_http_memory.py, with_vllm/."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import opd_cache_command, write_jsonl
+from peak_memory import long_episode, stage_peak_bytes, write_prompts
 
-RESPONSE_TOKENS = 40
 ROLLOUTS = {"short": 1_000, "long": 10_000}
-
-
-def peak_bytes(*arguments: str) -> int:
-    """Run a command to its end; its peak resident memory."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(opd_cache_command(*arguments), env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, errors
-    return usage.ru_maxrss * 1024
 
 
 @pytest.fixture(scope="module")
 def peaks(task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Peak memory of each stage for each episode length."""
     folder = tmp_path_factory.mktemp("memory")
-    prompts = write_jsonl(
-        folder / "prompts.jsonl", [{"prompt": f"sort {i}:"} for i in range(max(ROLLOUTS.values()) // 2)]
-    )
+    prompts = write_prompts(folder / "prompts.jsonl", max(ROLLOUTS.values()) // 2)
     found: dict[str, dict[str, int]] = {}
     for name, count in ROLLOUTS.items():
         recipe = [
-            str(task / "recipe.yaml"), f"run_dir={folder / name}", f"prompts.path={prompts}", "rollout.sampler=random_sampler:RandomSampler",
-            f"rollout.prompts_per_episode={count // 2}", "rollout.prompts_per_shard=250", f"rollout.max_new_tokens={RESPONSE_TOKENS}",
-            "score.top_k=16", "score.max_tokens_per_batch=4096", "learn.train_batch_size=250", "learn.max_tokens_per_micro_batch=4096",
+            *long_episode(task, folder / name, prompts, count), "score.top_k=16", "score.max_tokens_per_batch=4096",
+            "learn.train_batch_size=250", "learn.max_tokens_per_micro_batch=4096",
         ]  # fmt: skip
-        found[name] = {stage: peak_bytes(stage, *recipe, "--episode", "0") for stage in ("rollout", "score", "learn")}
+        found[name] = {stage: stage_peak_bytes(stage, recipe) for stage in ("rollout", "score", "learn")}
     print(
         {name: {stage: f"{size / 2**20:.0f} MiB" for stage, size in stages.items()} for name, stages in found.items()}
     )

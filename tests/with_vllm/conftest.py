@@ -1,7 +1,6 @@
 """Real vLLM. These run where it is installed: tools/vllm_cpu.sh makes such an environment, tools/test.sh runs them in it."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +9,6 @@ from helpers import save_model, tiny_qwen2
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
-
-# Compiling a tiny model takes longer than all that it computes.
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 # Enough for a tiny model; whole blocks of a prompt are shared.
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32, "enforce_eager": True}
@@ -30,6 +26,15 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(
         tiny_qwen2(seed=4, hidden_size=128, max_position_embeddings=256), tmp_path_factory.mktemp("teacher")
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compilation() -> Iterator[None]:
+    """Compiling a tiny model takes longer than all that it computes. torch is imported: its environment variable is read."""
+    import torch._dynamo.config
+
+    with torch._dynamo.config.patch(disable=True):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
