@@ -2,21 +2,27 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from helpers import opd_cache_command, write_jsonl
 
 
+# A process counts what it had before exec, as a copy of its parent: pytest, which may be larger. This parent is small.
+MEASURE = """
+import resource, subprocess, sys
+ended = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(ended.returncode)
+"""
+
+
 def peak_bytes(command: list[str]) -> int:
     """Run a command to its end; its peak resident memory."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, errors
-    return usage.ru_maxrss * 1024
+    ended = subprocess.run([sys.executable, "-c", MEASURE, *command], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return int(ended.stdout) * 1024
 
 
 def stage_peak_bytes(stage: str, recipe: list[str]) -> int:
