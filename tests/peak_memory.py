@@ -7,7 +7,6 @@ from pathlib import Path
 
 from helpers import opd_cache_command, write_jsonl
 
-
 # A process counts what it had before exec, as a copy of its parent: pytest, which may be larger. This parent is small.
 MEASURE = """
 import resource, subprocess, sys
