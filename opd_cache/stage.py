@@ -75,6 +75,7 @@ def make_shards(
                 continue
             start, tokens_before = time.monotonic(), progress.tokens
             won = shards.publish(shard, lambda shard=shard: make(shard, progress))  # type: ignore[misc]
+            pa.default_memory_pool().release_unused()  # else Arrow's heap grows from shard to shard for a while
             seconds, tokens = time.monotonic() - start, progress.tokens - tokens_before
             rows = plan.shard_rollouts(shard)
             note = {

@@ -32,5 +32,6 @@ def test_peak_memory_does_not_grow_with_the_episode(peaks: dict[str, dict[str, i
     assert abs(long / short - 1) < 0.10, (
         f"{stage}: {short / 2**20:.0f} MiB for {ROLLOUTS['short']} rollouts, {long / 2**20:.0f} MiB for {ROLLOUTS['long']}"
     )
-    # The long episode's top-k alone would be 51 MB in memory; the whole growth is a small part of that.
-    assert long - short < 20 * 2**20
+    # The long episode's top-k alone would be 51 MB in memory. What ten times the steps leave in the heaps of glibc and
+    # Arrow differs from run to run: 2 to 28 MiB.
+    assert long - short < 36 * 2**20

@@ -1,6 +1,7 @@
 """The vLLM scorer against the transformers one, which is tested against a plain log-softmax."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import pytest
 from conftest import SMALL
 
 from opd_cache.config import ScoreConfig, TeacherConfig, VllmOptions
-from opd_cache.errors import ConfigError
+from opd_cache.errors import ConfigError, ModelError
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scorers.vllm import VllmScorer
 from opd_cache.score.scores import UNKNOWN_RANK, Scorer, ScoreRequest, TokenScores
@@ -137,4 +138,27 @@ def test_the_first_model_runner_refuses_the_students_support(teacher_folder: Pat
     scorer = VllmScorer(config(teacher_folder), ScoreConfig(vllm=VllmOptions(**SMALL), top_k=3, support="student"))
     with pytest.raises(ConfigError, match=r"score.support = 'student' needs vLLM's second model runner") as caught:
         scorer.load()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [HFScorer, VllmScorer])
+def test_a_model_with_code_of_its_own_is_refused_unless_the_recipe_allows_it(
+    kind: type[Scorer], teacher_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    content = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps({**content, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="trust_remote_code") as caught:
+        kind(config(folder), ScoreConfig(vllm=VllmOptions(**SMALL))).load()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_lora_adapters_without_a_model_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(teacher_folder)}))
+    with pytest.raises(ModelError, match=r"holds LoRA adapters and no whole model") as caught:
+        VllmScorer(config(folder), ScoreConfig(vllm=VllmOptions(**SMALL))).load()
     assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ Variants, each over the same prompts of some 200 and responses of some 300 token
   vllm, vllm_shared, vllm_k64     opd-cache's vLLM scorer: without and with shared prompts, and with the top 64
   naive       transformers on shuffled padded batches, log-softmax over the logits of all positions
   hf          opd-cache's transformers scorer
-Models are made here, at random: a small vocabulary (4 layers of 512, 4,096 tokens) and a real one (8 layers, 151,936).
+Models are made here, at random: a small vocabulary (4 layers of 512, 258 tokens, the quickstart's) and a real one (8 layers, 151,936).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from opd_cache.vllm_engine import parameters
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {
-        "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+        "vocab_size": 258, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2,
     },
     "vocabulary": {
@@ -40,8 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-DTYPES = {"small": "float32", "vocabulary": "float32"}
-PROMPTS = {"small": 24, "vocabulary": 4}
+DTYPES = {"small": "float32", "vocabulary": "bfloat16"}
+PROMPTS = {"small": 12, "vocabulary": 2}
 SAMPLES = 4
 NAIVE_BATCH = 8
 
