@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-DTYPES = {"small": "float32", "vocabulary": "bfloat16"}
+DTYPES = {"small": "float32", "vocabulary": "float32"}
 PROMPTS = {"small": 12, "vocabulary": 2}
 SAMPLES = 4
 NAIVE_BATCH = 8
