@@ -21,6 +21,7 @@ from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
 
+TRUST_HINT = "Set trust_remote_code=true for this model if you know it."
 ADAPTER_CONFIG = "adapter_config.json"
 
 # Share of the largest logit. Both ways run the same kernels; what differs is the rounding of another batch shape.
@@ -171,7 +172,10 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
         if adapters.is_file():
             module = _with_adapters(module, folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        hint = f" {TRUST_HINT}" if "trust_remote_code" in str(error) and not config.trust_remote_code else ""
+        raise ModelError(
+            f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}"
+        ) from error
     model = LanguageModel(module.to(device).eval(), config.model)
     model.check_split()
     return model

@@ -31,7 +31,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from opd_cache.config import ModelConfig, VllmOptions  # noqa: E402
 from opd_cache.errors import ConfigError, EngineOutputError, ModelError  # noqa: E402
 from opd_cache.fingerprint import model_folder  # noqa: E402
-from opd_cache.models import ADAPTER_CONFIG, dtype_name  # noqa: E402
+from opd_cache.models import ADAPTER_CONFIG, TRUST_HINT, dtype_name  # noqa: E402
 from opd_cache.types import Float32Array, Int32Array  # noqa: E402
 
 VERSION = f"vllm {vllm.__version__}"
@@ -186,6 +186,4 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
         )
     has_code = "auto_map" in json.loads((folder / "config.json").read_text())
     if has_code and not config.trust_remote_code:
-        raise ModelError(
-            f"{folder}: comes with Python code of its own (auto_map in config.json). Set trust_remote_code=true for this model if you know it."
-        )
+        raise ModelError(f"{folder}: comes with Python code of its own (auto_map in config.json). {TRUST_HINT}")

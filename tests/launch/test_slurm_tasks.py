@@ -60,7 +60,7 @@ def same_run(finished_run: Run, task: Path, tmp_path: Path) -> Callable[[str], s
 def test_arrays_and_a_step_of_two_ranks_make_the_same_run(
     slurm: Slurm, same_run: Callable[[str], str], finished_run: Run, tmp_path: Path
 ) -> None:
-    """A script of ten lines, as the README shows it: two arrays, then a step on two nodes."""
+    """Plain scripts of a user's own: two arrays, of other widths and first indices, then a step on two nodes."""
     lines = [
         "#SBATCH --output=%x-%A_%a.log --open-mode=append",
         "set -eu",
