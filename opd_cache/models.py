@@ -105,6 +105,13 @@ class LanguageModel:
         )
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size: int = head.weight.shape[0]
+        # A CPU without instructions for bfloat16 multiplies it five times slower than float32.
+        self._slow_head = (
+            head.weight.device.type == "cpu"
+            and head.weight.dtype == torch.bfloat16
+            and type(head) is torch.nn.Linear
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +129,11 @@ class LanguageModel:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [N, V] in float32 of hidden states [N, H]."""
-        logits_NV = self.head(hidden_NH).float()
+        if self._slow_head:
+            bias_V = None if (bias := getattr(self.head, "bias", None)) is None else bias.float()
+            logits_NV = torch.nn.functional.linear(hidden_NH.float(), self.head.weight.float(), bias_V)
+        else:
+            logits_NV = self.head(hidden_NH).float()
         if self.logit_scale != 1:
             logits_NV = logits_NV * self.logit_scale
         if self.softcap is not None:
@@ -214,8 +225,3 @@ def set_torch_threads(threads: int | None) -> None:
     """Fix torch's CPU threads: the order of float sums, and so the last bits, depends on them."""
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def token_row_chunk(vocab_size: int, budget_bytes: int = 64 << 20) -> int:
-    """Rows of float32 logits that fit the budget: how many response tokens pass the LM head at once."""
-    return max(16, budget_bytes // (4 * vocab_size))

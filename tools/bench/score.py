@@ -1,8 +1,8 @@
 """Scored tokens a second, as ratios in one run: this scorer against its engine's pure prefill and against naive scoring.
 
-    .venv-vllm/bin/python tools/bench/score.py [--model small|vocabulary] [--repeats 3] [--json]
+    .venv-vllm/bin/python tools/bench/score.py [--model small|vocabulary] [--dtype float32] [--only hf naive] [--json]
 
-Variants, each over the same prompts of some 200 and responses of some 300 tokens, 4 samples a prompt, in turns:
+Variants, each over the same prompts of some 200 and responses of some 300 tokens, 8 samples a prompt, in turns:
   prefill     vLLM reads the sequences, asks for no log-probs and shares nothing: the engine's own speed
   stock       vLLM's flat prompt_logprobs=0 through LLM.generate, shares nothing
   vllm, vllm_shared, vllm_k64     opd-cache's vLLM scorer: without and with shared prompts, and with the top 64
@@ -16,7 +16,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-DTYPES = {"small": "float32", "vocabulary": "float32"}
-PROMPTS = {"small": 12, "vocabulary": 2}
-SAMPLES = 4
+PROMPTS = {"small": 6, "vocabulary": 2}
+SAMPLES = 8
 NAIVE_BATCH = 8
 
 
@@ -67,16 +67,30 @@ class Variants:
     """The ways to score, each a function of the rows; engines stay loaded."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, dtype
         self.teacher = TeacherConfig(model=str(folder), dtype=dtype, device="cpu")
-        self.naive_model: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-        self.hf_scorer = HFScorer(self.teacher, ScoreConfig())
+
+    @cached_property
+    def naive_model(self) -> Any:
+        return Qwen2ForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype)).eval()
+
+    @cached_property
+    def hf_scorer(self) -> HFScorer:
+        return HFScorer(self.teacher, ScoreConfig())
+
+    @cached_property
+    def alone(self) -> VllmScorer:
+        return self._vllm("never")
+
+    @cached_property
+    def shared(self) -> VllmScorer:
+        return self._vllm("auto")
+
+    def _vllm(self, share_prompts: str) -> VllmScorer:
         options = VllmOptions(kv_cache_memory_bytes=1 << 29, block_size=32, max_num_seqs=64)
-        self.alone, self.shared = (
-            VllmScorer(self.teacher, ScoreConfig(top_k=64, share_prompts=share, vllm=options))
-            for share in ("never", "auto")
-        )
-        for scorer in (self.hf_scorer, self.alone, self.shared):
-            scorer.load()
+        scorer = VllmScorer(self.teacher, ScoreConfig(top_k=64, share_prompts=share_prompts, vllm=options))
+        scorer.load()
+        return scorer
 
     def prefill(self, rows: list[ScoreRequest]) -> None:
         plain = parameters(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -115,52 +129,62 @@ class Variants:
 
 
 NAMES = ("prefill", "stock", "vllm", "vllm_shared", "vllm_k64", "hf", "naive")
+# Tokens a second of the first ÷ of the second.
+RATIOS = (
+    *((name, "prefill") for name in NAMES[1:]), ("vllm_shared", "stock"), ("hf", "naive"), ("vllm_shared", "naive"),
+)  # fmt: skip
 
 
-def measure(model: str, repeats: int) -> dict[str, Any]:
+def measure(model: str, dtype: str, names: Sequence[str], repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), MODELS[model])
-        variants = Variants(Path(name), DTYPES[model])
+        variants = Variants(Path(name), dtype)
         rows = make_requests(MODELS[model]["vocab_size"], PROMPTS[model])
-        seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats + 1):
-            for variant in NAMES:
+            for variant in names:
                 run: Callable[[list[ScoreRequest]], None] = getattr(variants, variant)
                 start = time.perf_counter()
-                run(rows)
-                if turn:  # the first warms up
+                run(rows if turn else rows[:2])  # the first warms up
+                if turn:
                     seconds[variant].append(time.perf_counter() - start)
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
+    ratios = {
+        f"{one} / {other}": median[other] / median[one]
+        for one, other in RATIOS
+        if one in median and other in median
+    }
     return {
         "model": model,
+        "dtype": dtype,
         "tokens": sum(row.num_tokens for row in rows),
         "response_tokens": sum(len(row.response_ids) for row in rows),
         "seconds": median,
-        "of_prefill": {name: median["prefill"] / median[name] for name in ("vllm", "vllm_shared", "vllm_k64", "stock")},
-        "shared_over_stock": median["stock"] / median["vllm_shared"],
-        "hf_over_naive": median["naive"] / median["hf"],
-        "vllm_shared_over_naive": median["naive"] / median["vllm_shared"],
+        "ratios": ratios,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="default: each in turn")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="VARIANT")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = [measure(model, options.repeats) for model in ([options.model] if options.model else MODELS)]
+    found = [
+        measure(model, options.dtype, options.only, options.repeats)
+        for model in ([options.model] if options.model else MODELS)
+    ]
     if options.json:
         print(json.dumps(found))
         return
     for row in found:
-        print(f"\n{row['model']}: {row['tokens']} tokens, {row['response_tokens']} of them scored")
-        print("| variant | s | tokens/s ÷ prefill |\n|---|---|---|")
-        for name, value in row["seconds"].items():
-            print(f"| {name} | {value:.2f} | {row['seconds']['prefill'] / value:.2f} |")
-        print(f"shared prompts ÷ stock {row['shared_over_stock']:.2f}, hf ÷ naive {row['hf_over_naive']:.2f}")
+        print(f"\n{row['model']}, {row['dtype']}: {row['tokens']} tokens, {row['response_tokens']} of them scored")
+        print(", ".join(f"{name} {value:.2f} s" for name, value in row["seconds"].items()))
+        print("tokens/s:", ", ".join(f"{name} {value:.2f}" for name, value in row["ratios"].items()))
 
 
 if __name__ == "__main__":

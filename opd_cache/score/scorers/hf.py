@@ -20,9 +20,13 @@ from transformers import __version__ as transformers_version
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
-from opd_cache.models import LanguageModel, dtype_name, load_model, padded, token_row_chunk
+from opd_cache.models import LanguageModel, dtype_name, load_model, padded
 from opd_cache.score.scores import ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
+# Bytes of float32 logits at once: a product of few rows by a head of a large vocabulary runs at half speed.
+LOGITS_BUDGET = 512 << 20
+# On a CPU the log-softmax of so many bytes stays in its cache.
+PIECE_BUDGET = 8 << 20
 SHARING_PAYS = 0.25  # share of all tokens that it must save: two passes and a copy of the cache cost something too
 
 
@@ -142,12 +146,24 @@ class HFScorer:
         targets_N = torch.from_numpy(np.concatenate([row.response_ids for row in rows])).to(model.device, torch.int64)
         wanted = [row.support_ids for row in rows if row.support_ids is not None]
         support_NK = torch.from_numpy(np.concatenate(wanted)).to(model.device, torch.int64) if wanted else None
-        size, pieces = token_row_chunk(model.vocab_size), []
-        for start in range(0, len(hidden_NH), size):
-            part = slice(start, start + size)
-            support = None if support_NK is None else support_NK[part]
-            pieces.append(_score_tokens(model.logits(hidden_NH[part]), targets_N[part], top_k, support))
+        pieces = []
+        for chunk in _slices(0, len(hidden_NH), _rows_of(LOGITS_BUDGET, model.vocab_size)):
+            logits_CV = model.logits(hidden_NH[chunk])
+            rows = _rows_of(PIECE_BUDGET, model.vocab_size) if model.device.type == "cpu" else len(logits_CV)
+            for part in _slices(chunk.start, chunk.start + len(logits_CV), rows):
+                logits_NV = logits_CV[part.start - chunk.start : part.stop - chunk.start]
+                support = None if support_NK is None else support_NK[part]
+                pieces.append(_score_tokens(logits_NV, targets_N[part], top_k, support))
         return [torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True)]
+
+
+def _rows_of(budget_bytes: int, vocab_size: int) -> int:
+    """Rows of float32 logits that fit."""
+    return max(16, budget_bytes // (4 * vocab_size))
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
 
 
 def _score_tokens(
