@@ -13,6 +13,7 @@ import click
 
 from opd_cache import __version__
 from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError
+from opd_cache.launch.commands import cancel, submit
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -58,7 +59,7 @@ def _share_options(command: Callable) -> Callable:
     return command
 
 
-def _load(recipe: tuple[str, ...], stage: str | None = None) -> Any:
+def load_recipe_arguments(recipe: tuple[str, ...], stage: str | None = None) -> Any:
     """The recipe of a stage that is about to run, in the environment that it wants."""
     from opd_cache.launch.environments import enter
     from opd_cache.logs import set_up_logging
@@ -74,7 +75,7 @@ def _load(recipe: tuple[str, ...], stage: str | None = None) -> Any:
 
 def _open(recipe: tuple[str, ...], stage: str | None = None) -> Any:
     """Load the recipe and open its run."""
-    loaded = _load(recipe, stage)
+    loaded = load_recipe_arguments(recipe, stage)
     from opd_cache.run import open_run
 
     return open_run(loaded)
@@ -159,7 +160,7 @@ def learn(recipe: tuple[str, ...], episode: int) -> None:
 
     Example: opd-cache learn quickstart --episode 0
     """
-    loaded = _load(recipe, "learn")
+    loaded = load_recipe_arguments(recipe, "learn")
     from opd_cache.learn.ranks import joined_ranks, rank_from_environment
 
     ranks = rank_from_environment()
@@ -290,14 +291,19 @@ def status(run_dir: Path, as_json: bool) -> None:
 
     Example: opd-cache status runs/quickstart --json
     """
+    from opd_cache.launch.job_status import job_status, job_table
     from opd_cache.status import run_status, status_tables
 
     found = run_status(run_dir)
+    jobs = job_status(run_dir)
     if as_json:
+        found["slurm"] = jobs
         click.echo(json.dumps(found, indent=2))
         return
     for table in status_tables(found):
         _console().print(table)
+    if jobs is not None:
+        _console().print(job_table(jobs))
 
 
 @cli.command()
@@ -343,6 +349,10 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
     else:
         loaded = load_recipe(recipe)
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
+
+
+cli.add_command(submit)
+cli.add_command(cancel)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ def run_episodes(run: Run, execute: Execute) -> None:
         if not run.is_learned(episode):
             for stage in ("rollout", "score", "learn"):
                 execute(stage, episode)
-        if run.eval_is_due(episode + 1):
+        if run.recipe.eval_is_due(episode + 1):
             execute("eval", episode + 1)
 
 
@@ -79,9 +79,9 @@ class InlineStages:
         return rollout_episode(self.run, episode, self.sampler, **share)
 
     def score(self, episode: int, **share: Any) -> bool:
-        from opd_cache.score.stage import score_episode, teachers_to_score
+        from opd_cache.score.stage import score_episode
 
-        names, sealed = teachers_to_score(self.run), []
+        names, sealed = self.run.recipe.teachers_to_score(), []
         for name in names:
             sealed.append(score_episode(self.run, episode, name, self.scorer(name, episode), **share))
             if len(names) > 1:

@@ -25,27 +25,31 @@ OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
 MAX_YAML_DEPTH = 32
 
 
-def recipe_folder() -> Path:
-    """The recipes that travel with the package: inside it in a wheel, beside it in a checkout."""
+def packaged_configs(kind: str) -> dict[str, Path]:
+    """The YAML files of a kind (recipes, clusters) that travel with the package, by name: inside it in a wheel, beside
+    it in a checkout."""
     inside = Path(__file__).parent / "configs"
-    return (inside if inside.is_dir() else Path(__file__).parent.parent / "configs") / "recipes"
+    folder = (inside if inside.is_dir() else Path(__file__).parent.parent / "configs") / kind
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def packaged_recipes() -> dict[str, Path]:
     """Recipe names that `opd-cache run NAME` knows without a file, and their files."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    return packaged_configs("recipes")
 
 
-def find_recipe(name: str) -> Path:
-    """The file that a recipe argument means: a path, else the name of a packaged recipe."""
+def find_config(kind: str, name: str) -> Path:
+    """The file that an argument means: a path, else the name of a packaged one."""
     if _is_file(name):
         return Path(name)
-    packaged = packaged_recipes()
+    packaged = packaged_configs(kind)
     # A checkout's path works without the checkout: configs/recipes/quickstart.yaml means the packaged one.
-    stem = name.removeprefix("configs/recipes/").removesuffix(".yaml")
+    stem = name.removeprefix(f"configs/{kind}/").removesuffix(".yaml")
     if stem in packaged:
         return packaged[stem]
-    raise ConfigError(f"recipe {name!r} is neither a file nor a packaged recipe. Packaged: {', '.join(packaged)}.")
+    raise ConfigError(
+        f"{kind[:-1]} {name!r} is neither a file nor a packaged {kind[:-1]}. Packaged: {', '.join(packaged)}."
+    )
 
 
 def _is_file(name: str) -> bool:
@@ -71,10 +75,10 @@ def load_recipe(arguments: list[str] | tuple[str, ...]) -> Recipe:
         )
     merged = OmegaConf.structured(Recipe)
     for argument in files:
-        path = find_recipe(argument)
-        merged = _merge(merged, _read_yaml(path), str(path))
+        path = find_config("recipes", argument)
+        merged = _merge(merged, read_yaml(path), str(path))
     for override in overrides:
-        merged = _merge(merged, _read_override(override), override)
+        merged = _merge(merged, read_override(override), override)
     return _checked(merged)
 
 
@@ -82,11 +86,12 @@ def stored_recipe(content: dict[str, Any], overrides: Sequence[str], where: str)
     """The recipe that `Recipe.to_dict` gave, with `key=value` overrides on top, checked like one written by hand."""
     merged = _merge(OmegaConf.structured(Recipe), OmegaConf.create(_escaped(content)), where)
     for override in overrides:
-        merged = _merge(merged, _read_override(override), override)
+        merged = _merge(merged, read_override(override), override)
     return _checked(merged)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """The keys of a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         _refuse_yaml_extras(text, path)
@@ -128,7 +133,8 @@ def _refuse_yaml_extras(text: str, path: Path) -> None:
             raise ConfigError(f"{place}: nested more than {MAX_YAML_DEPTH} levels deep.")
 
 
-def _read_override(override: str) -> DictConfig:
+def read_override(override: str) -> DictConfig:
+    """The keys of one `key=value`. Raises ConfigError."""
     if not OVERRIDE.match(override):
         raise ConfigError(f"{override!r} is not key=value.")
     try:

@@ -86,7 +86,7 @@ def plan_replay(source: RunDir, into: Path, episodes: str | None, overrides: Seq
     values = {key: reduce(lambda section, name: section[name], key.split("."), recipe.to_dict()) for key in keys}
     begun = read_json(RunDir(into).replay_json) if RunDir(into).replay_json.exists() else None
     if episodes is not None:
-        numbers = _parse_episodes(episodes)
+        numbers = parse_episodes(episodes)
     else:
         numbers = begun["episodes"] if begun else _scored_episodes(source, recipe.learning_teachers())
     replay = Replay(source, identity, recipe, numbers, values, is_new=begun is None)
@@ -147,7 +147,7 @@ def _added_teachers(source: RunDir, named: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _parse_episodes(text: str) -> list[int]:
+def parse_episodes(text: str) -> list[int]:
     match = EPISODES.fullmatch(text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
     if last < first:

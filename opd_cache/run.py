@@ -90,13 +90,6 @@ class Run:
             )
         return self.dir.steps(episode).exists()
 
-    def eval_is_due(self, version: int) -> bool:
-        """Whether the recipe wants this policy evaluated."""
-        recipe = self.recipe
-        return recipe.eval.path is not None and (
-            version % recipe.eval.every_episodes == 0 or version == recipe.num_episodes
-        )
-
 
 def open_run(recipe: Recipe) -> Run:
     """Open the recipe's run directory, making it on first use.

@@ -9,6 +9,7 @@ RUN/
   evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
   evals/policy=4/results.parquet  summary.json
   logs/rollout/episode=3/
+  slurm/rollout.sh  recipe.yaml  jobs.jsonl     only of runs that were submitted; logs/slurm/ is what their jobs printed
 """
 
 import re
@@ -113,6 +114,27 @@ class RunDir:
     def recipe_yaml(self) -> Path:
         """Only in a replay: its resolved recipe, to be given to other commands."""
         return self.path / "recipe.yaml"
+
+    @property
+    def submitted_recipe(self) -> Path:
+        """The resolved recipe that Slurm's jobs read."""
+        return self.path / "slurm" / "recipe.yaml"
+
+    @property
+    def submitted_jobs(self) -> Path:
+        """One line a job that was sent to Slurm."""
+        return self.path / "slurm" / "jobs.jsonl"
+
+    def job_script(self, stage: str) -> Path:
+        return self.path / "slurm" / f"{stage}.sh"
+
+    @property
+    def job_logs(self) -> Path:
+        return self.logs / "slurm"
+
+    def job_log(self, stage: str, job: str) -> Path:
+        """What a job has printed; `job` is its id, and ID_TASK of an array's task."""
+        return self.job_logs / f"{stage}-{job}.log"
 
     @property
     def logs(self) -> Path:

@@ -75,6 +75,18 @@ class Recipe:
             return list(dict.fromkeys(learn.routes.values()))
         return list(learn.teachers or [learn.teacher or next(iter(self.teachers))])
 
+    def teachers_to_score(self) -> list[str]:
+        """The teachers that the score stage asks."""
+        return [self.score.teacher] if self.score.teacher is not None else list(self.teachers)
+
+    def sampling_version(self, episode: int) -> int:
+        """Which policy samples an episode's rollouts."""
+        return episode
+
+    def eval_is_due(self, version: int) -> bool:
+        """Whether this policy is to be evaluated."""
+        return self.eval.path is not None and (version % self.eval.every_episodes == 0 or version == self.num_episodes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in run.json."""
         return dataclasses.asdict(self)

@@ -17,12 +17,13 @@ from opd_cache.prompts.intake import read_prompt_ids
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
 from opd_cache.run_dir import RolloutSet
 from opd_cache.score.checks import GapWatch, check_repeats
-from opd_cache.score.inputs import fingerprint_of, first_token_to_score, own_prompts
+from opd_cache.score.inputs import fingerprint_of, own_prompts
 from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores, UnfitScoresError
 from opd_cache.stage import EVERYTHING, Share, make_shards
 from opd_cache.store.join import read_rollouts, score_fault
 from opd_cache.store.plans import (
     RolloutPlan,
+    first_token_to_score,
     load_rollout_plan,
     publish_score_plan,
     rollout_shards,
@@ -43,12 +44,6 @@ def new_scorer(run: Run, config: TeacherConfig) -> Scorer:
     """The scorer of a teacher, as `Run.teacher_config` gives it, without a model yet."""
     name = config.scorer or run.recipe.score.scorer
     return registry.load(registry.SCORERS, name, "score.scorer")(config, run.recipe.score)
-
-
-def teachers_to_score(run: Run) -> list[str]:
-    """The teachers that the recipe wants scores of."""
-    chosen = run.recipe.score.teacher
-    return [chosen] if chosen is not None else list(run.recipe.teachers)
 
 
 def score_episode(run: Run, episode: int, teacher: str, scorer: Scorer, share: Share = EVERYTHING) -> bool:

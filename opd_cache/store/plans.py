@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_cache.errors import CorruptShardError, MismatchError
-from opd_cache.run_dir import PLAN, SCHEMA_VERSION, RolloutSet
+from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
+from opd_cache.run_dir import PLAN, SCHEMA_VERSION, SEAL, RolloutSet
 from opd_cache.status import scored_parts
 from opd_cache.store.publish import digest_file, publish_json, read_json
 from opd_cache.store.rows import rollouts_schema, scores_schema
@@ -112,6 +112,29 @@ def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
 def score_parts(target: RolloutSet, plan: RolloutPlan, teacher: str) -> tuple[ShardSet, ...]:
     """All score shards of one teacher: those of the first tokens, then those of the tokens behind them."""
     return tuple(score_shards(target, plan, teacher, first) for first in scored_parts(target, teacher))
+
+
+def first_token_to_score(target: RolloutSet, teacher: str, horizon: int | None) -> int:
+    """0, or behind sealed scores of fewer tokens the first one that they lack. Raises MismatchError when they have more
+    than the horizon, MissingInputError when they are not complete."""
+    parts = scored_parts(target, teacher)
+    if not parts:
+        return 0
+    folder = target.scores(teacher, parts[-1])
+    reach = read_json(folder / PLAN).get("horizon")
+    if reach == horizon:
+        return parts[-1]
+    wanted = "null" if horizon is None else horizon
+    if reach is None or (horizon is not None and horizon < reach):
+        scored = "all tokens" if reach is None else f"the first {reach} tokens"
+        raise MismatchError(
+            f"{folder / PLAN}: {scored} of the responses are scored, score.horizon = {wanted} is fewer. Set score.horizon={'null' if reach is None else reach}; scores are never cut."
+        )
+    if not (folder / SEAL).exists():
+        raise MissingInputError(
+            f"{folder}: not complete with score.horizon = {reach}, which comes before score.horizon = {wanted}. Run: {stage_command('score', target, teacher)} score.horizon={reach}"
+        )
+    return int(reach)
 
 
 def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str, first_token: int = 0) -> ShardSet:

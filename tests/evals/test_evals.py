@@ -149,7 +149,7 @@ def test_other_held_out_prompts_in_the_same_run_are_refused(
 
 def test_no_eval_path_means_no_evaluation(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     run = open_run(make_recipe(tmp_path / "run", "eval.path=null"))
-    assert not any(run.eval_is_due(version) for version in range(3))
+    assert not any(run.recipe.eval_is_due(version) for version in range(3))
 
 
 class NoModel:

@@ -149,8 +149,8 @@ class HFScorer:
         pieces = []
         for chunk in _slices(0, len(hidden_NH), _rows_of(LOGITS_BUDGET, model.vocab_size)):
             logits_CV = model.logits(hidden_NH[chunk])
-            rows = _rows_of(PIECE_BUDGET, model.vocab_size) if model.device.type == "cpu" else len(logits_CV)
-            for part in _slices(chunk.start, chunk.start + len(logits_CV), rows):
+            size = _rows_of(PIECE_BUDGET, model.vocab_size) if model.device.type == "cpu" else len(logits_CV)
+            for part in _slices(chunk.start, chunk.start + len(logits_CV), size):
                 logits_NV = logits_CV[part.start - chunk.start : part.stop - chunk.start]
                 support = None if support_NK is None else support_NK[part]
                 pieces.append(_score_tokens(logits_NV, targets_N[part], top_k, support))
