@@ -27,7 +27,7 @@ from opd_cache.score.scores import ScoreRequest, TokenScores, beyond_vocabulary,
 LOGITS_BUDGET = 512 << 20
 # On a CPU the log-softmax of so many bytes stays in its cache.
 PIECE_BUDGET = 8 << 20
-SHARING_PAYS = 0.25  # share of all tokens that it must save: two passes and a copy of the cache cost something too
+SHARING_PAYS = 0.2  # share of all tokens that it must save: two passes and a copy of the cache cost something too
 
 
 class HFScorer:
