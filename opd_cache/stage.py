@@ -15,6 +15,7 @@ import pyarrow as pa
 from opd_cache.errors import ConfigError
 from opd_cache.logs import StageProgress, short
 from opd_cache.run_dir import RolloutSet, RunDir
+from opd_cache.stall import phase
 from opd_cache.store.plans import RolloutPlan
 from opd_cache.store.publish import explained_disk_errors, make_folder, temporary_beside
 from opd_cache.store.shards import ShardSet
@@ -103,7 +104,8 @@ def make_shards(
                 seconds,
                 "" if won else " | another process was first",
             )
-    return shards.seal()
+    with phase(f"sealing {shards.folder.name}"):
+        return shards.seal()
 
 
 def write_note(folder: Path, name: str, note: dict[str, Any]) -> None:

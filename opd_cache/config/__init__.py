@@ -59,6 +59,11 @@ class Recipe:
         "CPU threads of torch in each process; null: torch chooses. Fix it to get the same bits on other machines.",
         min=1,
     )
+    stall_timeout_s: Optional[float] = option(
+        3600.0,
+        "A stage that shows no progress for so long (no rollout, no step, no end of loading a model) ends with exit status 75. Too short: a slow batch is taken for a hang, every time again. null: never.",
+        above=0,
+    )
     task: TaskConfig = option(TaskConfig, "A made task.")
     student: ModelConfig = option(ModelConfig, "The student before training.")
     teachers: dict[str, TeacherConfig] = option(dict, "Teachers by name; the name becomes scores/teacher=NAME.")

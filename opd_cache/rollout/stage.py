@@ -17,6 +17,7 @@ from opd_cache.rollout.samples import Sample, Sampler, SampleRequest
 from opd_cache.run import Run, stop_token_ids
 from opd_cache.run_dir import RolloutSet
 from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.stall import phase
 from opd_cache.store.join import rollout_fault
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, publish_rollout_plan, rollout_shards
 from opd_cache.store.rows import group_limit, group_sizes, rollout_batch
@@ -76,7 +77,8 @@ def sample_shards(
     """Make the missing rollout shards of a plan. `load` gives the sampler its weights and is called only when needed."""
     shards = rollout_shards(target, plan)
     if share.of(shards.missing()):
-        load()
+        with phase("loading the policy"):
+            load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
         rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress, reward)
