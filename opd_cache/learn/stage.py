@@ -38,11 +38,11 @@ from opd_cache.learn.student import on_device
 from opd_cache.learn.teachers import teaching_facts
 from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
+from opd_cache.notes import write_note
 from opd_cache.run import Run
 from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
-from opd_cache.stage import write_note
 from opd_cache.stall import note_progress, phase
 from opd_cache.stop import StopRequest, noted_signals
 from opd_cache.store.join import Joined
@@ -263,7 +263,7 @@ def _write_note(run: Run, episode: int, ranks: Ranks, state: TrainerState, secon
     if tokens == 0:
         log.warning("learn   episode %d | no rollout had a token to learn from; the policy is unchanged", episode)
     note = {"stage": "learn", "steps": len(state.steps), "tokens": tokens, "seconds": round(seconds, 4)}
-    write_note(run.dir.log_folder("learn", f"episode={episode}"), "learn", {**note, "ranks": ranks.world})
+    write_note(run.dir.log_folder("learn", f"episode={episode}") / "learn.json", {**note, "ranks": ranks.world})
 
 
 def _log_step(episode: int, plan: LearnPlan, state: TrainerState, metrics: dict[str, Any]) -> None:

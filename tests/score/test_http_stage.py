@@ -129,7 +129,7 @@ def test_an_answer_that_stays_wrong_publishes_no_shard_and_names_the_rollouts(
             scored_by(make_recipe, run_path, *served_recipe(served.url))
         message = str(caught.value)
     assert caught.value.exit_status == 2
-    assert message.startswith("8 of 8 rollouts got no scores (http sglang): 0/")
+    assert message.startswith("3 of 3 shards failed (0, 1, 2): 8 of 8 rollouts got no scores (http sglang): 0/")
     assert message.count("its log-prob is nan") == 3
     assert message.endswith("; .... Nothing was published.")
     assert "\n" not in message
