@@ -37,7 +37,13 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 def _stage_command(command: Callable) -> Callable:
-    """What commands that run stages share: RECIPE arguments, and an end with status 75 by SIGTERM or SIGUSR1."""
+    """What commands that run stages of a recipe share."""
+    argument = click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")
+    return argument(_stoppable(command))
+
+
+def _stoppable(command: Callable) -> Callable:
+    """The command with an end by SIGTERM and SIGUSR1: one line and status 75."""
 
     @functools.wraps(command)
     def stoppable(**arguments: Any) -> None:
@@ -46,7 +52,7 @@ def _stage_command(command: Callable) -> Callable:
         with stopping_signals():
             command(**arguments)
 
-    return click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")(stoppable)
+    return stoppable
 
 
 def _share_options(command: Callable) -> Callable:
@@ -279,6 +285,7 @@ def _print_summary(path: Path) -> None:
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="The new run directory.")
 @click.option("--episodes", metavar="FIRST-LAST", help="Which, such as 0-4; without it, all that are scored.")
 @click.option("--json", "as_json", is_flag=True, help="The comparison for programs.")
+@_stoppable
 def replay(run_dir: Path, overrides: tuple[str, ...], into: Path, episodes: str | None, as_json: bool) -> None:
     """Train again from a run's cached rollouts and scores alone, and compare.
 

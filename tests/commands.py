@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SOON_S = 3.5
+SOON_S = 5.0  # on a machine with other work
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 
