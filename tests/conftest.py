@@ -78,13 +78,13 @@ def finished_run(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def start(task: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """start("rollout", "key=value", ...) begins that command on tmp_path/run. It is ended with the test."""
+    """start("rollout", "key=value", ..., VARIABLE="...") begins that command on tmp_path/run. It is ended with the test."""
     started: list[subprocess.Popen] = []
 
-    def start(verb: str, *arguments: str) -> Command:
+    def start(verb: str, *arguments: str, **variables: str) -> Command:
         command = opd_cache_command(verb, str(task / "recipe.yaml"), f"run_dir={tmp_path}/run", *arguments)
         places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "BEGUN": str(tmp_path / "begun"), "PYTHONPATH": places}
+        environment = {**os.environ, "BEGUN": str(tmp_path / "begun"), "PYTHONPATH": places, **variables}
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe))
         return Command(started[-1], tmp_path / "begun")
