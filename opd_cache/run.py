@@ -63,6 +63,10 @@ class Run:
         policy = self.policy_config(version if teacher.policy == "current" else int(teacher.policy))
         return TeacherConfig(**asdict(policy), scorer=teacher.scorer, prompt=teacher.prompt)
 
+    def sampling_version(self, episode: int) -> int:
+        """The policy that samples an episode. Learning it always goes on from policy version `episode`."""
+        return max(0, episode - self.recipe.pipeline.lookahead)
+
     def has_policy(self, version: int) -> bool:
         return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
 

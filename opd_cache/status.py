@@ -70,7 +70,7 @@ def _episode(run: RunDir, episode: int) -> dict[str, Any]:
     learn_plan = run.learn(episode) / PLAN
     return {
         "episode": episode,
-        "policy_version": episode,
+        "policy_version": plan["policy_version"] if plan else None,  # that samples it
         "rollouts": _stage(target.rollouts, shards),
         "scores": {folder.name.removeprefix("teacher="): _stage(folder, shards) for folder in score_folders(target)},
         "learn": {

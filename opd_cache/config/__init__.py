@@ -15,7 +15,7 @@ from opd_cache.config.data import EvalConfig, PromptsConfig, TaskConfig
 from opd_cache.config.learning import DeepSpeedOptions, LearnConfig, LoraOptions, LossConfig
 from opd_cache.config.models import ModelConfig, TeacherConfig, TeacherPrompt, VllmOptions
 from opd_cache.config.options import field_types, option
-from opd_cache.config.stages import HttpOptions, RolloutConfig, ScoreConfig
+from opd_cache.config.stages import HttpOptions, PipelineConfig, RolloutConfig, ScoreConfig
 
 __all__ = [
     "DeepSpeedOptions",
@@ -25,6 +25,7 @@ __all__ = [
     "LoraOptions",
     "LossConfig",
     "ModelConfig",
+    "PipelineConfig",
     "PromptsConfig",
     "Recipe",
     "RolloutConfig",
@@ -68,6 +69,7 @@ class Recipe:
     student: ModelConfig = option(ModelConfig, "The student before training.")
     teachers: dict[str, TeacherConfig] = option(dict, "Teachers by name; the name becomes scores/teacher=NAME.")
     prompts: PromptsConfig = option(PromptsConfig, "Training prompts.")
+    pipeline: PipelineConfig = option(PipelineConfig, "The order of the stages.")
     rollout: RolloutConfig = option(RolloutConfig, "The rollout stage.")
     score: ScoreConfig = option(ScoreConfig, "The score stage.")
     learn: LearnConfig = option(LearnConfig, "The learn stage.")

@@ -43,12 +43,14 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
         if shards.is_sealed():
             share.check(shards)
             return True
-    folder = run.policy_folder(episode)
+    version = run.sampling_version(episode)
+    folder = run.policy_folder(version)
     plan = plan_episode(
         run.recipe,
         run.run_id,
         episode,
-        run.policy_fingerprint(episode),
+        version,
+        run.policy_fingerprint(version),
         sampler.dtype,
         run.prompts_digest,
         count_prompts(run.dir.prompts),
@@ -59,7 +61,7 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
     publish_rollout_plan(target, plan, f"Set it back, or move {target.path} away to sample the episode again.")
 
     def load() -> None:
-        sampler.load_policy(run.policy_config(episode))
+        sampler.load_policy(run.policy_config(version))
 
     return sample_shards(run, target, plan, run.dir.prompts, sampler, load, share, reward)
 
