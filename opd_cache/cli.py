@@ -118,7 +118,7 @@ def _share(task: int | None, num_tasks: int | None, shard: int | None) -> Any:
 @contextlib.contextmanager
 def _inline_stages(recipe: tuple[str, ...], stage: str) -> Iterator[Any]:
     """A stage of a recipe's run in this process, which ends when the stage stalls."""
-    loaded = _load(recipe, stage)
+    loaded = load_recipe_arguments(recipe, stage)
     from opd_cache.pipeline import InlineStages
     from opd_cache.run import open_run
     from opd_cache.stall import stall_watch
@@ -232,7 +232,7 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
     from opd_cache.run import open_run
     from opd_cache.stall import stall_watch
 
-    opened = open_run(_load(recipe))
+    opened = open_run(load_recipe_arguments(recipe))
     inline, commands = InlineStages(opened), SubprocessStages(recipe, opened.recipe.num_workers)
 
     def execute(stage: str, number: int) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import complete, data_files
+from helpers import data_files
 from slurm_cluster import Slurm
 
 from opd_cache.config import Recipe
-from opd_cache.run import Run
 
 CLUSTER = """
 defaults:
@@ -81,8 +80,8 @@ class Submitted:
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
         """Until a line of the queue holds this."""
         deadline = time.monotonic() + timeout_s
-        while not any(text in line for line in (queue := self.queue())):
-            assert time.monotonic() < deadline, queue
+        while not any(text in line for line in self.queue()):
+            assert time.monotonic() < deadline, self.queue()
             time.sleep(0.05)
 
 
