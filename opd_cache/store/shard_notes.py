@@ -1,5 +1,7 @@
 """The rows of the view `shards`: what the seals say of every shard, and what the logs say of making it."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from opd_cache.run_dir import RunDir
@@ -18,17 +20,19 @@ def shard_rows(found: RunFiles) -> list[dict[str, Any]]:
 
 def _rows_of(run: RunDir, stage: StageFiles) -> list[dict[str, Any]]:
     sealed = {entry["file"]: entry for entry in stage.facts["shards"]} if stage.is_sealed else {}
-    rows = []
+    rows, place = [], str(stage.folder.relative_to(run.path))
+    logs = os.path.join(run.log_folder(stage.stage, stage.log_name), stage.folder.name)
     for path in stage.files:
-        shard, note = int(path.name.split("-")[1]), _note(run, stage, path.name)
+        stem, number, *_ = path.name.split("-")
+        note = _note(f"{logs}-{stem}-{number}.json")
         rows.append({
             "stage": stage.stage,
             "scope": stage.facts["scope"],
             "episode": stage.episode,
             "teacher": stage.teacher,
             "first_token": stage.first_token,
-            "shard": shard,
-            "file": str(path.relative_to(run.path)),
+            "shard": int(number),
+            "file": f"{place}/{path.name}",
             "is_sealed": stage.is_sealed,
             **{key: sealed.get(path.name, {}).get(key) for key in FROM_SEAL},
             "plan": stage.facts["plan"] if stage.is_sealed else None,
@@ -38,8 +42,6 @@ def _rows_of(run: RunDir, stage: StageFiles) -> list[dict[str, Any]]:
     return rows
 
 
-def _note(run: RunDir, stage: StageFiles, name: str) -> dict[str, Any]:
+def _note(path: str) -> dict[str, Any]:
     """What the shard's maker wrote down; a replay's shards, which are another run's, have none."""
-    stem = "-".join(name.split("-")[:2])
-    path = run.log_folder(stage.stage, stage.log_name) / f"{stage.folder.name}-{stem}.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(Path(path)) if os.path.exists(path) else {}
