@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
+from opd_cache.commands.inspect import inspect
 from opd_cache.commands.query import export, query
 from opd_cache.errors import FirstRankFailedError, OpdCacheError
 from opd_cache.launch.commands import cancel, submit
@@ -333,6 +334,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
 
 cli.add_command(query)
 cli.add_command(export)
+cli.add_command(inspect)
 cli.add_command(submit)
 cli.add_command(cancel)
 

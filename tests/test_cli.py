@@ -99,7 +99,19 @@ def test_help_of_every_verb_has_an_example_of_that_verb(opd_cache: Callable[...,
 
 
 def test_all_stages_and_tools_are_verbs() -> None:
-    assert {"rollout", "score", "learn", "eval", "run", "replay", "status", "query", "config"} <= set(VERBS)
+    assert {
+        "rollout",
+        "score",
+        "learn",
+        "eval",
+        "run",
+        "replay",
+        "status",
+        "query",
+        "export",
+        "inspect",
+        "config",
+    } <= set(VERBS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
@@ -135,6 +147,8 @@ finally:
         (["config", "quickstart"], set()),
         (["config", "--keys"], set()),
         (["query", "RUN", "select count(*) from rollouts"], {"duckdb", "pyarrow", "numpy"}),
+        (["query", "--help"], set()),
+        (["inspect", "RUN"], {"duckdb", "pyarrow", "numpy"}),
     ],
     ids=" ".join,
 )

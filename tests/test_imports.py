@@ -33,6 +33,7 @@ LIGHT = (
     "errors.py",
     "fingerprint.py",
     "grade.py",
+    "inspection/",
     "limits.py",
     "logs.py",
     "pipeline.py",

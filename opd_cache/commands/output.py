@@ -9,12 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from opd_cache.commands.query import FORMATS
 from opd_cache.errors import ConfigError
 from opd_cache.store.publish import publish_file
 from opd_cache.store.query import Answer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDEST_TABLE = 10_000
 Rows = Iterable[tuple[Any, ...]]
@@ -85,7 +88,6 @@ def _write_text(answer: Answer, format: str, file: TextIO) -> None:
 
 
 def _write_table(columns: list[str], rows: Rows, file: TextIO) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     kept, table = list(rows), Table()
@@ -94,9 +96,15 @@ def _write_table(columns: list[str], rows: Rows, file: TextIO) -> None:
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in kept:
         table.add_row(*(f"{value:.6g}" if isinstance(value, float) else visible(str(value)) for value in row))
-    # Only a terminal has an edge to fold at.
+    text_console(file).print(table)
+
+
+def text_console(file: TextIO) -> "Console":
+    """For tables and texts. Brackets in them are just brackets, and only a terminal has an edge to fold at."""
+    from rich.console import Console
+
     width = None if file.isatty() or "COLUMNS" in os.environ else WIDEST_TABLE
-    Console(file=file, markup=False, emoji=False, width=width).print(table)
+    return Console(file=file, markup=False, emoji=False, width=width)
 
 
 def visible(text: str) -> str:
@@ -112,17 +120,17 @@ def _write_csv(columns: list[str], rows: Rows, file: TextIO) -> None:
 
 def _write_json(columns: list[str], rows: Rows, file: TextIO) -> None:
     for row in rows:
-        named = dict(zip(columns, map(_plain, row), strict=True))
+        named = dict(zip(columns, map(plain, row), strict=True))
         file.write(json.dumps(named, default=str, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON knows no infinities: they become the texts "inf", "-inf" and "nan"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _write_parquet(answer: Answer, file: BinaryIO) -> None:
