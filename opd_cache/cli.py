@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
-from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError, error_line
-from opd_cache.launch.commands import cancel, submit
+from opd_cache.commands.inspect import inspect
+from opd_cache.commands.query import export, query
+from opd_cache.commands.slurm import cancel, submit
+from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -331,27 +333,6 @@ def status(run_dir: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.argument("sql")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
-def query(run_dir: Path, sql: str, as_json: bool) -> None:
-    """Ask a run in SQL: views prompts, rollouts, scores, steps, evals.
-
-    Example: opd-cache query runs/quickstart "select * from steps order by step desc limit 3"
-    """
-    from opd_cache.store.query import query_rows, render_table
-
-    columns, rows = query_rows(run_dir, sql)
-    if as_json:
-        if repeated := next((name for name in columns if columns.count(name) > 1), None):
-            raise ConfigError(f"the query gives two columns named {repeated!r}; rename one with AS.")
-        for row in rows:
-            click.echo(json.dumps(dict(zip(columns, row, strict=True)), default=str))
-    else:
-        render_table(columns, rows)
-
-
-@cli.command()
 @click.argument("recipe", nargs=-1, metavar="[RECIPE...] [key=value...]")
 @click.option("--list", "list_recipes", is_flag=True, help="The packaged recipes.")
 @click.option("--keys", is_flag=True, help="Every recipe key, its default and what it means.")
@@ -375,6 +356,9 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
+cli.add_command(query)
+cli.add_command(export)
+cli.add_command(inspect)
 cli.add_command(submit)
 cli.add_command(cancel)
 

@@ -151,6 +151,87 @@ EVALS = (
     Column("reverse_kl_sum", pa.float64(), "Sum of student − teacher log-prob; null where not scored.", nullable=True),
 )
 
+SAMPLES = (
+    Column("episode", pa.int32(), "Episode of the rollout."),
+    Column("rollout_id", pa.string(), "The rollout."),
+    Column("teacher", pa.string(), "Whose scores; a rollout has one row a teacher that scored it."),
+    Column("prompt_index", pa.int32(), "Row of prompts."),
+    Column("sample_index", pa.int32(), "Which sample of the prompt."),
+    Column("policy_version", pa.int32(), "The student that sampled."),
+    Column("num_prompt_tokens", pa.int32(), "Length of the prompt."),
+    Column("num_response_tokens", pa.int32(), "Length of the response."),
+    Column(
+        "num_scored_tokens", pa.int32(), "How many of them are scored, from the first: all but for a horizon or error."
+    ),
+    Column("finish_reason", pa.string(), "`stop` or `length`."),
+    Column("reward", pa.float32(), "Task reward; null where there is none.", nullable=True),
+    Column("error", pa.string(), "Why the teacher could not score it.", nullable=True),
+    Column(
+        "reverse_kl_sum",
+        pa.float64(),
+        "Sum over the scored tokens of student − teacher log-prob, nats; the student's at temperature 1 without cuts.",
+        nullable=True,
+    ),
+    Column("reverse_kl_mean", pa.float64(), "The same a scored token.", nullable=True),
+    Column("teacher_logprob_min", pa.float32(), "The teacher's log-prob of its least likely token.", nullable=True),
+    Column("prompt_text", pa.string(), "Text of the prompt. Read only when asked for.", nullable=True),
+    Column(
+        "response_text",
+        pa.string(),
+        "The tokens' texts joined, made only when asked for; characters that several tokens share show as �.",
+    ),
+)
+
+TOKENS = (
+    Column("episode", pa.int32(), "Episode of the rollout."),
+    Column("rollout_id", pa.string(), "The rollout."),
+    Column("teacher", pa.string(), "Whose scores; a token has one row a teacher."),
+    Column("prompt_index", pa.int32(), "Row of prompts."),
+    Column("sample_index", pa.int32(), "Which sample of the prompt."),
+    Column("policy_version", pa.int32(), "The student that sampled."),
+    Column("num_response_tokens", pa.int32(), "Length of the response."),
+    Column("finish_reason", pa.string(), "`stop`: the last token is an EOS. `length`: cut."),
+    Column("position", pa.int32(), "Place in the response; 0 is the first."),
+    Column("token_id", pa.int32(), "response_ids at that place."),
+    Column("text", pa.string(), "The token decoded on its own.", nullable=True),
+    Column("sampling_logprob", pa.float32(), "Student's log-prob as sampled, nats."),
+    Column(
+        "student_logprob", pa.float32(), "The same at temperature 1 without cuts (raw_logprobs, where they differ)."
+    ),
+    Column("teacher_logprob", pa.float32(), "Teacher's log-prob; null where it is not scored.", nullable=True),
+    Column("advantage", pa.float32(), "teacher_logprob − student_logprob.", nullable=True),
+    Column("teacher_rank", pa.int32(), "1 is the teacher's likeliest token, 0 unknown.", nullable=True),
+    Column(
+        "teacher_entropy",
+        pa.float64(),
+        "Entropy of the listed ids and one bucket for all others, nats: a lower bound of the teacher's; null without top-k.",
+        nullable=True,
+    ),
+    Column("is_in_topk", pa.bool_(), "Whether the token is one of the listed ids.", nullable=True),
+    Column("topk_ids", list_of(pa.int32()), "The k listed ids of this place, as in scores.", nullable=True),
+    Column("topk_logprobs", list_of(pa.float32()), "The teacher's log-probs of them.", nullable=True),
+)
+
+SHARDS = (
+    Column("stage", pa.string(), "`rollout` or `score`."),
+    Column("scope", pa.string(), "The episode, or `SUBJECT-MODE` of an evaluation."),
+    Column("episode", pa.int32(), "Null for an evaluation.", nullable=True),
+    Column("teacher", pa.string(), "Null for rollouts.", nullable=True),
+    Column("first_token", pa.int32(), "First response token that the shard scores."),
+    Column("shard", pa.int32(), "Number in its folder."),
+    Column("file", pa.string(), "Path inside the run directory."),
+    Column("is_sealed", pa.bool_(), "Whether its stage is; without a seal, rows to sha256 are null."),
+    Column("rows", pa.int64(), "Responses.", nullable=True),
+    Column("tokens", pa.int64(), "Response tokens.", nullable=True),
+    Column("bytes", pa.int64(), "Size of the file.", nullable=True),
+    Column("sha256", pa.string(), "Digest of the file.", nullable=True),
+    Column("plan", pa.string(), "Digest of the plan that it was made by.", nullable=True),
+    Column("inputs", pa.string(), "Scores: digest of the rollouts' seal.", nullable=True),
+    Column("seconds", pa.float64(), "What making it took; null where no log says so.", nullable=True),
+    Column("host", pa.string(), "Where it was made.", nullable=True),
+    Column("engine", pa.string(), "By what.", nullable=True),
+)
+
 TABLES = {
     "prompts": PROMPTS,
     "teacher_prompts": TEACHER_PROMPTS,
@@ -159,6 +240,23 @@ TABLES = {
     "scores": SCORES,
     "steps": STEPS,
     "evals": EVALS,
+    "samples": SAMPLES,
+    "tokens": TOKENS,
+    "shards": SHARDS,
+}
+
+# What one row of each SQL view is.
+VIEWS = {
+    "prompts": "a prompt",
+    "teacher_prompts": "a prompt as a teacher with prompts of its own sees it; with `teacher`",
+    "vocab": "a token of the vocabulary",
+    "rollouts": "a response, with its lists; with `episode`",
+    "scores": "a response as one teacher scored it, with its lists; with `episode`, `teacher`, `first_token`",
+    "samples": "a response and one teacher that scored it, in scalars",
+    "tokens": "a response token and one teacher",
+    "steps": "an optimizer step; with `episode`",
+    "evals": "a graded response of an evaluation",
+    "shards": "a shard, those of evaluations included: what its seal and its log say",
 }
 
 
@@ -167,6 +265,11 @@ def arrow_schema(columns: tuple[Column, ...], optional: frozenset[str] = frozens
     return pa.schema(
         [pa.field(c.name, c.type, nullable=c.nullable) for c in columns if not c.optional or c.name in optional]
     )
+
+
+def markdown_views() -> str:
+    """The README's table of SQL views."""
+    return "\n".join(["| view | one row is |", "|---|---|", *(f"| `{name}` | {row} |" for name, row in VIEWS.items())])
 
 
 def markdown_table(columns: tuple[Column, ...]) -> str:

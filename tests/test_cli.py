@@ -99,7 +99,19 @@ def test_help_of_every_verb_has_an_example_of_that_verb(opd_cache: Callable[...,
 
 
 def test_all_stages_and_tools_are_verbs() -> None:
-    assert {"rollout", "score", "learn", "eval", "run", "replay", "status", "query", "config"} <= set(VERBS)
+    assert {
+        "rollout",
+        "score",
+        "learn",
+        "eval",
+        "run",
+        "replay",
+        "status",
+        "query",
+        "export",
+        "inspect",
+        "config",
+    } <= set(VERBS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
@@ -135,6 +147,8 @@ finally:
         (["config", "quickstart"], set()),
         (["config", "--keys"], set()),
         (["query", "RUN", "select count(*) from rollouts"], {"duckdb", "pyarrow", "numpy"}),
+        (["query", "--help"], set()),
+        (["inspect", "RUN"], {"duckdb", "pyarrow", "numpy"}),
     ],
     ids=" ".join,
 )
@@ -475,6 +489,8 @@ def test_status_of_a_half_done_episode_counts_its_shards(opd_cache: Callable[...
         ("steps", 2 * 3),
         # 6 held-out prompts, greedy once and sampled twice, by three policies and the teacher
         ("evals", 6 * 3 * 4),
+        ("samples", 2 * 24),
+        ("vocab", 258),
     ],
 )
 def test_every_view_can_be_asked(opd_cache: Callable[..., Outcome], finished_run: Run, view: str, rows: int) -> None:
@@ -558,6 +574,16 @@ REFUSED_QUERIES = [
     ("select * from read_text('{outside}/secret.csv')", f'{FAILED}Permission Error: Cannot access file "{{outside}}/secret.csv"'),
     ("select * from read_text('{run}/../secret.csv')", f'{FAILED}Permission Error: Cannot access file "{{run}}/../secret.csv"'),
     ("select * from glob('{outside}/*')", f'{FAILED}Permission Error: Cannot access file "{{outside}}/*"'),
+    ("select * from read_text('{run}/run.json')", f'{FAILED}Permission Error: Cannot access file "{{run}}/run.json"'),
+    ("select * from '{run}/episode=0/rollouts/*.parquet'", f'{FAILED}Permission Error: Cannot access file'),
+    ("with x as (copy (select 1) to '{run}/prompts.parquet' (use_tmp_file false)) select 1", "ConfigError: the query holds COPY; expected SELECT alone"),
+    ("select * from (with x as (insert into shards (shard) values (1)) select 1)", "ConfigError: the query holds INSERT; expected SELECT alone"),
+    ("with x as (delete from shards) select 1", "ConfigError: the query holds DELETE; expected SELECT alone"),
+    ("select * from json_execute_serialized_sql('{{}}')", "ConfigError: the query calls json_execute_serialized_sql(); known table functions: "),
+    ("select * from query('select 1')", "ConfigError: the query calls query(); known table functions: "),
+    ("select getenv('HOME')", f"{FAILED}Catalog Error: Scalar Function with name getenv does not exist!"),
+    ("pragma threads=1", "ConfigError: the query is "),
+    ("reset threads", "ConfigError: the query is "),
 ]  # fmt: skip
 
 

@@ -28,10 +28,13 @@ LIGHT = (
     "__main__.py",
     "cli.py",
     "compare.py",
+    "commands/",
     "config/",
     "errors.py",
     "fingerprint.py",
     "grade.py",
+    "inspection/",
+    "limits.py",
     "logs.py",
     "notes.py",
     "pipeline.py",
@@ -47,6 +50,7 @@ LIGHT = (
     "types.py",
     "launch/",
     "prompts/",
+    "queries/",
     "store/",
 )
 HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets"}
@@ -86,7 +90,7 @@ def is_in(name: str, places: tuple[str, ...]) -> bool:
 
 
 def test_the_walk_sees_imports_in_functions_and_at_the_top() -> None:
-    found = set(imports_of(PACKAGE / "store" / "query.py"))
+    found = {*imports_of(PACKAGE / "store" / "query.py"), *imports_of(PACKAGE / "commands" / "output.py")}
     assert ("duckdb", True) in {(name, on_load) for name, on_load, _ in found}
     assert ("rich.table", False) in {(name, on_load) for name, on_load, _ in found}
     assert len(MODULES) > 30

@@ -1,4 +1,4 @@
-"""Renders the parts of the README that follow from the code: the tables of columns.
+"""Renders the parts of the README that follow from the code: the tables of columns and of SQL views.
 
 python tools/render_readme.py [--check]
 """
@@ -7,18 +7,20 @@ import re
 import sys
 from pathlib import Path
 
-from opd_cache.schema import TABLES, markdown_table
+from opd_cache.schema import TABLES, markdown_table, markdown_views
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def render(text: str) -> str:
-    """The README with every <!-- columns:NAME --> block made anew."""
+    """The README with every <!-- columns:NAME --> block and the <!-- views --> made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
         return f"<!-- columns:{name} -->\n**{name}**\n\n{markdown_table(TABLES[name])}\n<!-- /columns:{name} -->"
 
+    views = f"<!-- views -->\n{markdown_views()}\n<!-- /views -->"
+    text = re.sub(r"<!-- views -->.*?<!-- /views -->", lambda _: views, text, flags=re.DOTALL)
     return re.sub(r"<!-- columns:(\w+) -->.*?<!-- /columns:\1 -->", block, text, flags=re.DOTALL)
 
 

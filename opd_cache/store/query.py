@@ -1,76 +1,237 @@
-"""SQL over a run: DuckDB views on the published files, and conditions on rows in memory.
+"""SQL over runs: DuckDB connections with views on sealed files, and conditions on rows in memory.
 
-Never globs, which would pick up temporaries; never writes.
+The views' own SQL is in views.py, which files they read in sealed.py. Never globs, which would pick up temporaries.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from opd_cache.errors import ConfigError, MissingInputError
-from opd_cache.run_dir import SEAL, RunDir
-from opd_cache.schema import EVALS, PROMPTS, ROLLOUTS, SCORES, STEPS, Column
-from opd_cache.status import asked_teachers, evaluated_subjects, scored_parts
-from opd_cache.store.publish import read_json
+from opd_cache.errors import ConfigError
+from opd_cache.limits import DEFAULT_LIMITS, DEFAULT_MEMORY, Limits
+from opd_cache.run_dir import RunDir
+from opd_cache.schema import SHARDS
+from opd_cache.store.sealed import LeftOut, RunFiles, find_files
+from opd_cache.store.shard_notes import shard_rows
+from opd_cache.store.views import quoted, sql_types, view_files, view_statements
 
+log = logging.getLogger(__name__)
+Connection = duckdb.DuckDBPyConnection
+Runs = str | Path | Mapping[str, str | Path]
+
+ROWS_PER_FETCH = 10_000
+OLDEST_CLIENT = "v1.3.0"  # that opens an exported database
+RUN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RESERVED_NAMES = {"main", "temp", "system", "information_schema", "pg_catalog"}
 # What changes from one evaluation to the next, or with the rows that happen to lie beside.
 UNSTABLE_NODES = {"SUBQUERY": "a subquery", "WINDOW": "a window function"}
-SQL_TYPES = {
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "uint64": "UBIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-    "string": "VARCHAR",
-    "bool": "BOOLEAN",
-}
+# A WITH clause may hold a COPY, an INSERT, ...; a table function may run SQL that is given as text.
+READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+TABLE_FUNCTIONS = {
+    "range", "generate_series", "unnest", "repeat", "json_each", "json_tree", "glob", "read_parquet", "parquet_scan",
+    "parquet_metadata", "parquet_schema", "parquet_file_metadata", "parquet_kv_metadata", "read_csv", "read_json",
+    "read_text", "read_blob", "duckdb_views", "duckdb_columns", "duckdb_functions", "duckdb_settings",
+}  # fmt: skip
 
 
-def connect(run_path: str | Path) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the views prompts, rollouts, scores, steps and evals of one run.
+def connect(runs: Runs, *, partial: bool = False, memory: str = DEFAULT_MEMORY) -> Connection:
+    """A DuckDB connection with the views of one run, or of several named ones in a schema each.
 
-    It reaches nothing outside the run directory, and its configuration is locked. Inside it, DuckDB lets COPY write:
-    statements of others go through `query_rows`. Raises MissingInputError.
+    Only files that a seal lists are read; with `partial`, also published shards of stages without one. What is left out
+    is logged as a warning. No other file can be opened and no setting changed, but DuckDB lets a COPY replace a file that
+    it may read: SQL of others goes through `open_query`.
+
+    Raises MissingInputError, MismatchError (another schema version, scores of other rollouts), ConfigError.
     """
-    run = RunDir(Path(run_path).absolute())
-    if not run.run_json.exists():
-        raise MissingInputError(f"{run.path}: no run.json; this is no run directory.")
+    connection, left_out = _connected(runs, partial, memory)
+    for one in left_out:
+        log.warning("%s", one.text)
+    return connection
+
+
+def _connected(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list[LeftOut]]:
+    named = {_checked_name(name): path for name, path in runs.items()} if isinstance(runs, Mapping) else {"main": runs}
+    found = {name: find_files(RunDir(Path(path).absolute()), partial) for name, path in named.items()}
     connection = duckdb.connect(":memory:")
-    for name, columns, selects in _views(run):
-        connection.execute(f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join([_empty(columns), *selects])}")
-    connection.execute(f"SET allowed_directories = [{_quoted(str(run.path) + '/')}]")
-    return _locked(connection)
+    with _one_line("the views cannot be made"):
+        for name, files in found.items():
+            make_views(connection, files, name)
+        _set_limits(connection, memory)
+        allowed = sorted({str(path) for files in found.values() for path in view_files(files)})
+        connection.execute(f"SET allowed_paths = [{', '.join(map(quoted, allowed))}]")
+    left_out = [_named(one, name if len(found) > 1 else "") for name, files in found.items() for one in files.left_out]
+    return _locked(connection), left_out
 
 
-def _locked(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+def _checked_name(name: str) -> str:
+    if not RUN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
+        raise ConfigError(
+            f"{name!r} cannot name a run: expected letters, digits and _, none of {', '.join(sorted(RESERVED_NAMES))}."
+        )
+    return name
+
+
+def _named(one: LeftOut, run: str) -> LeftOut:
+    return LeftOut(f"{run}: {one.text}", one.views) if run else one
+
+
+def make_views(connection: Connection, found: RunFiles, schema: str) -> None:
+    """Create all views of a run in a schema of the connection's database."""
+    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+    for statement in view_statements(found, f'"{schema}"'):
+        connection.execute(statement)
+    # As JSON: registering an Arrow table loads pandas where it is installed, 0.3 s.
+    structure = json.dumps([dict(sql_types(SHARDS))])
+    rows = f"SELECT unnest(from_json(?, {quoted(structure)}), recursive := true)"
+    connection.execute(f'CREATE TABLE "{schema}".shards AS {rows}', [json.dumps(shard_rows(found))])
+
+
+def _set_limits(connection: Connection, memory: str) -> None:
+    for setting in (
+        "temp_directory = ''",  # without one to spill into, a query writes nothing at all
+        "autoload_known_extensions = false",
+        "python_enable_replacements = false",
+        "parquet_metadata_cache = true",  # sealed files never change, and opening hundreds takes longer than a count
+    ):
+        connection.execute(f"SET {setting}")
+    try:
+        connection.execute(f"SET memory_limit = {quoted(memory)}")
+    except duckdb.Error as error:
+        raise ConfigError(f"memory = {memory!r}: {_reason(error)}. Expected a size such as 4GB.") from error
+
+
+def _locked(connection: Connection) -> Connection:
     for setting in ("enable_external_access = false", "lock_configuration = true"):
         connection.execute(f"SET {setting}")
     return connection
 
 
-def query_rows(run_path: str | Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(column names, rows) of one SELECT. Raises ConfigError with DuckDB's reason in one line."""
+@dataclass
+class Answer:
+    """The result of one SELECT: to be read once, as rows or as Arrow batches."""
+
+    columns: list[str]
+    left_out: list[str]  # what is not sealed, of the views that the query names
+    _connection: Connection = field(repr=False)
+    _sql: str = field(repr=False)
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        result = self._connection.execute(self._sql)
+        while rows := result.fetchmany(ROWS_PER_FETCH):
+            yield from rows
+
+    def batches(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        reader = self._connection.sql(self._sql).to_arrow_reader(ROWS_PER_FETCH)
+        return reader.schema, _batches_of(reader)
+
+
+def _batches_of(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
     try:
-        connection = connect(run_path)
-        statements = connection.extract_statements(sql)
-        if len(statements) != 1:
-            raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")
-        # DuckDB lets COPY, EXPORT and ATTACH write into the directories that may be read.
-        if statements[0].type != duckdb.StatementType.SELECT:
-            raise ConfigError(f"the query is {statements[0].type.name}; expected SELECT, since a query only reads.")
-        result = connection.execute(statements[0])
-        return [column[0] for column in result.description], result.fetchall()
+        yield from reader
+    except OSError as error:
+        # What Arrow makes of an error that DuckDB meets while it reads.
+        raise duckdb.Error(str(error)) from error
+
+
+@contextlib.contextmanager
+def open_query(runs: Runs, sql: str, *, partial: bool = False, limits: Limits = DEFAULT_LIMITS) -> Iterator[Answer]:
+    """The answer to one SELECT, which is stopped at its limits and can write nothing.
+
+    Raises ConfigError with DuckDB's reason in one line, while the answer is read, too.
+    """
+    connection, left_out = _connected(runs, partial, limits.memory)
+    is_late = threading.Event()
+
+    def stop() -> None:
+        is_late.set()
+        connection.interrupt()
+
+    timer = threading.Timer(limits.timeout_s, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _one_line("the query failed", is_late, limits):
+            named = _checked_select(connection, sql)
+            said = [one.text for one in left_out if named & one.views]
+            columns = [column[0] for column in connection.execute(f"DESCRIBE {sql}").fetchall()]
+            yield Answer(columns, said, connection, sql)
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def query_rows(runs: Runs, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(column names, rows) of one SELECT. Raises ConfigError with DuckDB's reason in one line."""
+    with open_query(runs, sql) as answer:
+        return answer.columns, list(answer.rows())
+
+
+@contextlib.contextmanager
+def database_of_views(run_path: str | Path, partial: bool = False) -> Iterator[tuple[Path, list[str]]]:
+    """(a DuckDB file with the views of one run, what they leave out); the file is gone afterwards."""
+    found = find_files(RunDir(Path(run_path).absolute()), partial)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "views.duckdb"
+        with _one_line("the views cannot be made"):
+            connection = duckdb.connect(str(path), config={"storage_compatibility_version": OLDEST_CLIENT})
+            make_views(connection, found, "main")
+            connection.close()
+        yield path, [one.text for one in found.left_out]
+
+
+def _checked_select(connection: Connection, sql: str) -> set[str]:
+    """The names of the tables of one statement that only reads. Raises ConfigError on any other."""
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")
+    # DuckDB lets COPY write over a file that may be read.
+    if statements[0].type != duckdb.StatementType.SELECT:
+        raise ConfigError(f"the query is {statements[0].type.name}; expected SELECT, since a query only reads.")
+    parsed = _parsed(connection, statements[0].query)
+    if parsed["error"]:
+        raise ConfigError(f"the query failed: {' '.join(parsed['error_message'].split())}")
+    for node in _nodes(parsed):
+        kind = str(node.get("type", ""))
+        if kind.endswith("_NODE") and kind not in READING_NODES:
+            verb = kind.removesuffix("_NODE").removesuffix("_QUERY")
+            raise ConfigError(f"the query holds {verb}; expected SELECT alone, since a query only reads.")
+        if kind == "TABLE_FUNCTION" and (name := str(node["function"]["function_name"]).lower()) not in TABLE_FUNCTIONS:
+            raise ConfigError(f"the query calls {name}(); known table functions: {', '.join(sorted(TABLE_FUNCTIONS))}.")
+    return {node["table_name"].lower() for node in _nodes(parsed) if node.get("type") == "BASE_TABLE"}
+
+
+def _parsed(connection: Connection, sql: str) -> dict[str, Any]:
+    (text,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()[0]
+    return json.loads(text)
+
+
+@contextlib.contextmanager
+def _one_line(what: str, is_late: threading.Event | None = None, limits: Limits | None = None) -> Iterator[None]:
+    """Any error of DuckDB's as a ConfigError of one line."""
+    try:
+        yield
     except duckdb.Error as error:
-        raise ConfigError(f"the query failed: {_reason(error)}") from error
+        if is_late is not None and limits is not None and is_late.is_set():
+            raise ConfigError(
+                f"{what}: it took more than {limits.timeout_s:g} s. Narrow it, or raise --timeout."
+            ) from error
+        hint = ". Narrow it, or raise --memory." if "Out of Memory Error" in str(error) else ""
+        raise ConfigError(f"{what}: {_reason(error)}{hint}") from error
 
 
 def _reason(error: duckdb.Error) -> str:
-    # After the reason come the statement again and a line of marks under it.
-    return " ".join(str(error).split("\nLINE ")[0].split())
+    # After the reason come the statement again with a line of marks under it, or advice on settings that are locked.
+    return " ".join(str(error).split("\nLINE ")[0].split("\nDatabase is launched")[0].split())
 
 
 class RowCondition:
@@ -108,8 +269,7 @@ class RowCondition:
         return [holds is True for (holds,) in result]
 
     def _fault(self, sql: str) -> str | None:
-        (text,) = self._connection.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchall()[0]
-        parsed = json.loads(text)
+        parsed = _parsed(self._connection, f"SELECT ({sql}\n)")
         if parsed["error"]:
             return f"is no SQL ({' '.join(parsed['error_message'].split())})"
         known = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
@@ -129,77 +289,3 @@ def _nodes(value: Any) -> Iterator[dict[str, Any]]:
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _nodes(item)
-
-
-def render_table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
-    """Print rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for index, column in enumerate(columns):
-        is_number = rows and all(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row))
-    Console(markup=False, emoji=False).print(table)
-
-
-View = tuple[str, tuple[tuple[str, str], ...], list[str]]
-
-
-def _views(run: RunDir) -> list[View]:
-    rollouts, scores, steps = [], [], []
-    for episode in run.episodes():
-        target = run.episode(episode)
-        rollouts += _sealed_select(target.rollouts, f"{episode}::INTEGER AS episode")
-        for teacher, first in (
-            (name, first) for name in asked_teachers(target) for first in scored_parts(target, name)
-        ):
-            constants = f"{episode}::INTEGER AS episode, {_quoted(teacher)} AS teacher, {first}::INTEGER AS first_token"
-            scores += _sealed_select(target.scores(teacher, first), constants)
-        if run.steps(episode).exists():
-            steps.append(_select([run.steps(episode)], f"{episode}::INTEGER AS episode"))
-    # A summary is published after its results.
-    results = [run.evaluation(subject) / "results.parquet" for subject in evaluated_subjects(run)]
-    return [
-        ("prompts", _typed(PROMPTS), [_select([run.prompts], "")] if run.prompts.exists() else []),
-        ("rollouts", (("episode", "INTEGER"), *_typed(ROLLOUTS)), rollouts),
-        (
-            "scores",
-            (("episode", "INTEGER"), ("teacher", "VARCHAR"), ("first_token", "INTEGER"), *_typed(SCORES)),
-            scores,
-        ),
-        ("steps", (("episode", "INTEGER"), *_typed(STEPS)), steps),
-        ("evals", _typed(EVALS), [_select(results, "")] if results else []),
-    ]
-
-
-def _sealed_select(folder: Path, constants: str) -> list[str]:
-    if not (folder / SEAL).exists():
-        return []
-    files = [folder / entry["file"] for entry in read_json(folder / SEAL)["shards"]]
-    return [_select(files, constants)] if files else []
-
-
-def _select(files: list[Path], constants: str) -> str:
-    listed = ", ".join(_quoted(str(path)) for path in files)
-    return f"SELECT {constants + ', ' if constants else ''}* FROM read_parquet([{listed}], hive_partitioning = false)"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _typed(columns: tuple[Column, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((c.name, _sql_type(str(c.type))) for c in columns)
-
-
-def _sql_type(arrow_type: str) -> str:
-    if arrow_type.startswith("list<"):
-        return SQL_TYPES[arrow_type.split(": ")[1].split(" ")[0].rstrip(">")] + "[]"
-    return SQL_TYPES[arrow_type]
-
-
-def _empty(columns: tuple[tuple[str, str], ...]) -> str:
-    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in columns)} WHERE false"

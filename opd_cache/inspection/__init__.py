@@ -1,0 +1,1 @@
+"""Looking at responses token by token: read.py asks the views, show.py draws what it gives."""
