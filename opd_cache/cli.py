@@ -317,19 +317,21 @@ def status(run_dir: Path, as_json: bool) -> None:
 
     Example: opd-cache status runs/quickstart --json
     """
-    from opd_cache.launch.job_status import job_status, job_table
+    from opd_cache.run_dir import RunDir
     from opd_cache.status import run_status, status_tables
 
     found = run_status(run_dir)
-    jobs = job_status(run_dir)
+    tables = status_tables(found)
+    if RunDir(run_dir).submitted_recipe.exists():
+        from opd_cache.launch.job_status import job_status, job_table
+
+        found["slurm"] = job_status(run_dir)
+        tables.append(job_table(found["slurm"]))
     if as_json:
-        found["slurm"] = jobs
         click.echo(json.dumps(found, indent=2))
         return
-    for table in status_tables(found):
+    for table in tables:
         _console().print(table)
-    if jobs is not None:
-        _console().print(job_table(jobs))
 
 
 @cli.command()

@@ -92,7 +92,6 @@ def follow_jobs(path: Path) -> None:
     with Live(console=Console(markup=False, emoji=False), auto_refresh=False) as live:
         while True:
             found = job_status(path)
-            assert found is not None
             live.update(job_table(found), refresh=True)
             if not any(row["jobs"] for row in found["stages"]) and found["queue"] is None:
                 break

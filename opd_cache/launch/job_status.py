@@ -17,14 +17,12 @@ from opd_cache.run_dir import RunDir
 TAIL_BYTES = 4096
 
 
-def job_status(path: Path) -> dict[str, Any] | None:
-    """Every stage that is not done; None when the run was never submitted.
+def job_status(path: Path) -> dict[str, Any]:
+    """Every stage of a submitted run that is not done.
 
     `queue` says why the queue could not be asked; then nothing is known of what runs.
     """
     run = RunDir(path.resolve())
-    if not run.submitted_recipe.exists():
-        return None
     works = [work for work in unfinished_work(load_recipe([str(run.submitted_recipe)]), run) if not work.is_done]
     queue, reason = _queue(run)
     sent = _sent_jobs(run)
