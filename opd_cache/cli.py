@@ -1,11 +1,12 @@
 """The command line. Heavy packages are imported inside the commands that need them, so that --help and status are quick."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ import click
 from opd_cache import __version__
 from opd_cache.commands.inspect import inspect
 from opd_cache.commands.query import export, query
-from opd_cache.errors import FirstRankFailedError, OpdCacheError
+from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 from opd_cache.launch.commands import cancel, submit
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
@@ -38,8 +39,23 @@ def cli(context: click.Context, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-def _recipe_arguments(command: Callable) -> Callable:
-    return click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")(command)
+def _stage_command(command: Callable) -> Callable:
+    """What commands that run stages of a recipe share."""
+    argument = click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")
+    return argument(_stoppable(command))
+
+
+def _stoppable(command: Callable) -> Callable:
+    """The command with an end by SIGTERM and SIGUSR1: one line and status 75."""
+
+    @functools.wraps(command)
+    def stoppable(**arguments: Any) -> None:
+        from opd_cache.stop import stopping_signals
+
+        with stopping_signals():
+            command(**arguments)
+
+    return stoppable
 
 
 def _share_options(command: Callable) -> Callable:
@@ -75,14 +91,6 @@ def load_recipe_arguments(recipe: tuple[str, ...], stage: str | None = None) -> 
     return loaded
 
 
-def _open(recipe: tuple[str, ...], stage: str | None = None) -> Any:
-    """Load the recipe and open its run."""
-    loaded = load_recipe_arguments(recipe, stage)
-    from opd_cache.run import open_run
-
-    return open_run(loaded)
-
-
 def _quiet_libraries() -> None:
     # Two busy OpenMP threads on two cores spin against each other unless they sleep while waiting.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -109,14 +117,20 @@ def _share(task: int | None, num_tasks: int | None, shard: int | None) -> Any:
     return Share(task, num_tasks, shard)
 
 
-def _inline_stages(recipe: tuple[str, ...], stage: str) -> Any:
+@contextlib.contextmanager
+def _inline_stages(recipe: tuple[str, ...], stage: str) -> Iterator[Any]:
+    """A stage of a recipe's run in this process, which ends when the stage stalls."""
+    loaded = load_recipe_arguments(recipe, stage)
     from opd_cache.pipeline import InlineStages
+    from opd_cache.run import open_run
+    from opd_cache.stall import stall_watch
 
-    return InlineStages(_open(recipe, stage))
+    with stall_watch(loaded.stall_timeout_s):
+        yield InlineStages(open_run(loaded))
 
 
 @cli.command(epilog=EPILOG_RECIPE)
-@_recipe_arguments
+@_stage_command
 @_share_options
 def rollout(recipe: tuple[str, ...], episode: int, task: int | None, num_tasks: int | None, shard: int | None) -> None:
     """Sample responses with the student.
@@ -126,11 +140,12 @@ def rollout(recipe: tuple[str, ...], episode: int, task: int | None, num_tasks: 
     Example: opd-cache rollout quickstart --episode 0
     """
     share = _share(task, num_tasks, shard)
-    _inline_stages(recipe, "rollout").rollout(episode, share=share)
+    with _inline_stages(recipe, "rollout") as stages:
+        stages.rollout(episode, share=share)
 
 
 @cli.command(epilog=EPILOG_RECIPE)
-@_recipe_arguments
+@_stage_command
 @_share_options
 @click.option("--teacher", help="Only this teacher of the recipe.")
 def score(
@@ -149,11 +164,12 @@ def score(
     """
     share = _share(task, num_tasks, shard)
     chosen = () if teacher is None else (f"score.teacher={json.dumps(teacher)}",)
-    _inline_stages((*recipe, *chosen), "score").score(episode, share=share)
+    with _inline_stages((*recipe, *chosen), "score") as stages:
+        stages.score(episode, share=share)
 
 
 @cli.command(epilog=EPILOG_RECIPE)
-@_recipe_arguments
+@_stage_command
 @click.option("--episode", type=click.IntRange(min=0), required=True, help="Episode number, from 0.")
 def learn(recipe: tuple[str, ...], episode: int) -> None:
     """Train the student on an episode's joined shards and publish its policy.
@@ -173,13 +189,14 @@ def learn(recipe: tuple[str, ...], episode: int) -> None:
         return
     from opd_cache.pipeline import InlineStages
     from opd_cache.run import open_run
+    from opd_cache.stall import stall_watch
 
-    with joined_ranks(ranks, loaded.learn.collective_timeout_s):
+    with stall_watch(loaded.stall_timeout_s), joined_ranks(ranks, loaded.learn.collective_timeout_s):
         InlineStages(ranks.from_first(lambda: open_run(loaded)), ranks).learn(episode)
 
 
 @cli.command("eval", epilog=EPILOG_RECIPE)
-@_recipe_arguments
+@_stage_command
 @click.option(
     "--policy-version",
     type=click.IntRange(min=0),
@@ -193,8 +210,8 @@ def evaluate(recipe: tuple[str, ...], policy_version: int, as_json: bool) -> Non
 
     Example: opd-cache eval quickstart --policy-version 10
     """
-    stages = _inline_stages(recipe, "eval")
-    stages.eval(policy_version)
+    with _inline_stages(recipe, "eval") as stages:
+        stages.eval(policy_version)
     if as_json:
         from opd_cache.status import evaluation_summary
 
@@ -202,7 +219,7 @@ def evaluate(recipe: tuple[str, ...], policy_version: int, as_json: bool) -> Non
 
 
 @cli.command(epilog=EPILOG_RECIPE)
-@_recipe_arguments
+@_stage_command
 @click.option("--json", "as_json", is_flag=True, help="End with the status for programs instead of tables.")
 def run(recipe: tuple[str, ...], as_json: bool) -> None:
     """Run all stages of all episodes on this machine.
@@ -214,14 +231,20 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
     from opd_cache.launch.environments import python_of
     from opd_cache.launch.local import SubprocessStages
     from opd_cache.pipeline import InlineStages, run_episodes
+    from opd_cache.run import open_run
+    from opd_cache.stall import stall_watch
 
-    opened = _open(recipe)
+    opened = open_run(load_recipe_arguments(recipe))
     inline, commands = InlineStages(opened), SubprocessStages(recipe, opened.recipe.num_workers)
 
     def execute(stage: str, number: int) -> None:
         has_ranks = stage == "learn" and opened.recipe.learn.num_ranks > 1
         is_apart = opened.recipe.launcher == "subprocess" or has_ranks or python_of(opened.recipe, stage) is not None
-        (commands if is_apart else inline)(stage, number)
+        if is_apart:
+            commands(stage, number)  # whose processes watch themselves
+        else:
+            with stall_watch(opened.recipe.stall_timeout_s):
+                inline(stage, number)
 
     run_episodes(opened, execute)
     if as_json:
@@ -265,6 +288,7 @@ def _print_summary(path: Path) -> None:
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="The new run directory.")
 @click.option("--episodes", metavar="FIRST-LAST", help="Which, such as 0-4; without it, all that are scored.")
 @click.option("--json", "as_json", is_flag=True, help="The comparison for programs.")
+@_stoppable
 def replay(run_dir: Path, overrides: tuple[str, ...], into: Path, episodes: str | None, as_json: bool) -> None:
     """Train again from a run's cached rollouts and scores alone, and compare.
 
@@ -368,8 +392,6 @@ def main() -> None:
 
 
 def _stop(kind: str, message: str, status: int) -> NoReturn:
-    """Print the error as one line, whatever names and texts it quotes, and exit."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    prefix = "" if rank == "0" else f"[rank {rank}] "
-    click.echo("\\n".join(f"{prefix}{kind}: {message}".splitlines()), err=True)
+    """Print the error as one line and exit."""
+    click.echo(error_line(kind, message), err=True)
     sys.exit(status)

@@ -3,6 +3,15 @@
 The command line prints the line without a traceback and exits with the class's `exit_status`.
 """
 
+import os
+
+
+def error_line(kind: str, message: str) -> str:
+    """An error as one line, whatever names and texts it quotes; behind the number of its rank where that is not 0."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    return "\\n".join(f"{prefix}{kind}: {message}".splitlines())
+
 
 class OpdCacheError(Exception):
     """A mistake that the user can mend."""

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from opd_cache.stall import note_progress
+
 LINE_INTERVAL_S = 20.0
 console = Console(stderr=True)
 log = logging.getLogger("opd_cache")
@@ -48,6 +50,7 @@ class StageProgress:
 
     def __enter__(self) -> "StageProgress":
         self._start = self._last_line = time.monotonic()
+        note_progress(f"the beginning of {self.stage} {self.label}")
         if console.is_terminal and self.total:
             columns = (
                 TextColumn("{task.description}"),
@@ -69,6 +72,7 @@ class StageProgress:
     def advance(self, rows: int, tokens: int) -> None:
         self.done += rows
         self.tokens += tokens
+        note_progress(f"{self.stage} {self.label}, {self.done}/{self.total} {self.unit}")
         now = time.monotonic()
         rate = self.tokens / max(now - self._start, 1e-9)
         if self._bar and self._task is not None:

@@ -82,8 +82,9 @@ class InlineStages:
         from opd_cache.score.stage import score_episode
 
         names, sealed = self.run.recipe.teachers_to_score(), []
+        version = self.run.recipe.sampling_version(episode)
         for name in names:
-            sealed.append(score_episode(self.run, episode, name, self.scorer(name, episode), **share))
+            sealed.append(score_episode(self.run, episode, name, self.scorer(name, version), **share))
             if len(names) > 1:
                 self._let_go(name)  # one teacher at a time is in memory
         return all(sealed)

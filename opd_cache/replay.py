@@ -20,6 +20,7 @@ from opd_cache.pipeline import InlineStages
 from opd_cache.recipes import recipe_yaml, stored_recipe
 from opd_cache.run import IDENTITY, Run, check_same_run, open_run
 from opd_cache.run_dir import COMPLETE, PLAN, SEAL, RolloutSet, RunDir
+from opd_cache.stall import stall_watch
 from opd_cache.status import asked_teachers, read_identity
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
 from opd_cache.store.publish import (
@@ -286,4 +287,5 @@ def _learn(run: Run, episodes: Sequence[int], overrides: Sequence[str]) -> None:
             run_ranks(command, run.recipe.learn.num_ranks)
         else:
             stages = stages or InlineStages(run)
-            stages.learn(episode)
+            with stall_watch(run.recipe.stall_timeout_s):
+                stages.learn(episode)

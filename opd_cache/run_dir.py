@@ -22,6 +22,7 @@ EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
 SEAL = "_SEALED.json"
 COMPLETE = "_COMPLETE.json"
 PLAN = "plan.json"
+FAILED_SHARD = ".failed.json"  # ends the name of a note, under logs/, on why there is no such shard
 CANARY = "trainer/canary.json"  # inside a policy: a sequence and its log-probs, for whoever loads the policy
 
 

@@ -101,7 +101,11 @@ SCORES = (
 STEPS = (
     Column("step", pa.int32(), "Optimizer step, counted over the whole run from 1."),
     Column("policy_version", pa.int32(), "The student that the episode's learning started from."),
-    Column("staleness", pa.float64(), "Mean episodes since the batch's rollouts were sampled; 0 without replay."),
+    Column(
+        "staleness",
+        pa.float64(),
+        "Mean episodes since the batch's rollouts were sampled; 0 without replay and lookahead.",
+    ),
     Column("loss", pa.float64(), "Token mean over the global batch, nats, KL penalty included."),
     Column("reverse_kl", pa.float64(), "Mean of student − teacher log-prob of the sampled tokens, nats."),
     Column("reverse_kl_p50", pa.float64(), "Median over tokens."),

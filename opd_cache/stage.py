@@ -1,22 +1,21 @@
 """The life of a shard, the same for every stage: take one's share of the missing, make, publish, note, seal."""
 
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from opd_cache.errors import ConfigError
 from opd_cache.logs import StageProgress, short
+from opd_cache.notes import ShardAttempts, shard_note_name, write_note
 from opd_cache.run_dir import RolloutSet, RunDir
+from opd_cache.stall import phase
 from opd_cache.store.plans import RolloutPlan
-from opd_cache.store.publish import explained_disk_errors, make_folder, temporary_beside
 from opd_cache.store.shards import ShardSet
 
 log = logging.getLogger(__name__)
@@ -60,28 +59,24 @@ def make_shards(
     """Make this process's share of the missing shards and seal the stage when all are there; True when sealed.
 
     `make(shard, progress)` yields a shard's record batches. `facts` (engine, dtype, ...) go into the shard's log.
+    A shard that fails for good does not keep the others from being made; then one error is raised for all of them.
     Raises ConfigError when the share is a shard that the plan does not have.
     """
     share.check(shards)
     todo = share.of(shards.missing())
-    total = sum(plan.shard_rollouts(shard) for shard in todo)
-    with StageProgress(stage, target.label, total) as progress:
-        for shard in todo:
-            if shards.path(shard).exists():
-                progress.advance(plan.shard_rollouts(shard), 0)
-                log.info(
-                    "%-7s %s shard %d/%d | made by another process", stage, target.label, shard + 1, shards.num_shards
-                )
-                continue
+    log_folder = run.log_folder(stage, target.log_name)
+    attempts = ShardAttempts(stage, run, target, shards, len(todo))
+    with StageProgress(stage, target.label, sum(plan.shard_rollouts(shard) for shard in todo)) as progress:
+
+        def make_one(shard: int) -> None:
             start, tokens_before = time.monotonic(), progress.tokens
-            won = shards.publish(shard, lambda shard=shard: make(shard, progress))  # type: ignore[misc]
+            won = shards.publish(shard, lambda: make(shard, progress))
             pa.default_memory_pool().release_unused()  # else Arrow's heap grows from shard to shard for a while
             seconds, tokens = time.monotonic() - start, progress.tokens - tokens_before
-            rows = plan.shard_rollouts(shard)
             note = {
                 "stage": stage,
                 "shard": shard,
-                "rows": rows,
+                "rows": plan.shard_rollouts(shard),
                 "tokens": tokens,
                 "seconds": round(seconds, 4),
                 "host": socket.gethostname(),
@@ -89,28 +84,32 @@ def make_shards(
                 "published": won,
                 **facts,
             }
-            # Several teachers score the shards of one episode.
-            write_note(run.log_folder(stage, target.log_name), f"{shards.folder.name}-shard-{shard:05d}", note)
-            log.info(
-                "%-7s %s shard %d/%d | %d rollouts | %s tokens | %s tok/s | %.1f s%s",
-                stage,
-                target.label,
-                shard + 1,
-                shards.num_shards,
-                rows,
-                short(tokens),
-                short(tokens / max(seconds, 1e-9)),
-                seconds,
-                "" if won else " | another process was first",
-            )
-    return shards.seal()
+            write_note(log_folder / f"{shard_note_name(shards, shard)}.json", note)
+            _log_shard(target, shards, note)
+
+        for shard in todo:
+            if shards.path(shard).exists():
+                progress.advance(plan.shard_rollouts(shard), 0)
+                log.info(
+                    "%-7s %s shard %d/%d | made by another process", stage, target.label, shard + 1, shards.num_shards
+                )
+            else:
+                attempts.make(shard, make_one)
+    attempts.check()
+    with phase(f"sealing {shards.folder.name}"):
+        return shards.seal()
 
 
-def write_note(folder: Path, name: str, note: dict[str, Any]) -> None:
-    """Keep what a piece of work took, beside the data: seconds, host, engine. Later attempts replace it."""
-    final = folder / f"{name}.json"
-    with explained_disk_errors(final):
-        make_folder(folder)
-        temporary = temporary_beside(final)
-        temporary.write_text(json.dumps(note) + "\n")
-        os.replace(temporary, final)
+def _log_shard(target: RolloutSet, shards: ShardSet, note: dict[str, Any]) -> None:
+    log.info(
+        "%-7s %s shard %d/%d | %d rollouts | %s tokens | %s tok/s | %.1f s%s",
+        note["stage"],
+        target.label,
+        note["shard"] + 1,
+        shards.num_shards,
+        note["rows"],
+        short(note["tokens"]),
+        short(note["tokens"] / max(note["seconds"], 1e-9)),
+        note["seconds"],
+        "" if note["published"] else " | another process was first",
+    )

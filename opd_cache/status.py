@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir
 from opd_cache.store.publish import read_json
 
 STAGES = ("rollout", "score", "learn", "eval")
@@ -31,6 +31,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "teacher": teachers.get(_learning_teacher(recipe)),
         "teachers": teachers,
         "episodes": episodes,
+        "failed_shards": failed_shards(run),
         "seconds": {stage: round(sum(note["seconds"] for note in _notes(run, stage)), 2) for stage in STAGES},
         "bytes": {
             "rollouts": sum(entry["rollouts"]["bytes"] for entry in episodes),
@@ -69,7 +70,7 @@ def _episode(run: RunDir, episode: int) -> dict[str, Any]:
     learn_plan = run.learn(episode) / PLAN
     return {
         "episode": episode,
-        "policy_version": episode,
+        "policy_version": plan["policy_version"] if plan else None,  # that samples it
         "rollouts": _stage(target.rollouts, shards),
         "scores": {folder.name.removeprefix("teacher="): _stage(folder, shards) for folder in score_folders(target)},
         "learn": {
@@ -135,7 +136,17 @@ def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
     return [
         json.loads(path.read_text())
         for path in sorted(folder.glob("*/*.json"))
-        if not path.parent.name.startswith("eval-")
+        if not path.parent.name.startswith("eval-") and not path.name.endswith(FAILED_SHARD)
+    ]
+
+
+def failed_shards(run: RunDir) -> list[dict[str, Any]]:
+    """What failed for good and has not been made since, with the error that each met last."""
+    notes = [json.loads(path.read_text()) for path in sorted(run.logs.glob(f"*/*/*{FAILED_SHARD}"))]
+    return [
+        note
+        for note in notes
+        if not ((run.path / note["file"]).exists() or (run.path / note["file"]).with_name(SEAL).exists())
     ]
 
 
@@ -159,7 +170,28 @@ def status_tables(status: dict[str, Any]) -> list[Any]:
             f"{entry['rollouts']['tokens']:,}",
             *evaluation_cells(entry["eval"]),
         )
-    return [stages, results_table(status)]
+    failures = [_failures_table(status["failed_shards"])] if status["failed_shards"] else []
+    return [stages, *failures, results_table(status)]
+
+
+def _failures_table(failed: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="failed shards; the stage's command tries them again")
+    for column in ("shard", "error", "when", "where"):
+        table.add_column(column, overflow="fold")
+    for note in failed:
+        error = f"{note['error']}: {note['message'].removeprefix(note['error'] + ': ')}"
+        table.add_row(note["file"], error, note["time"], _process_of(note))
+    return table
+
+
+def _process_of(note: dict[str, Any]) -> str:
+    """Where to look for the log of what wrote a note."""
+    place = f"{note['host']}, process {note['pid']}"
+    if "slurm_array_task_id" in note:
+        return f"{place}, job {note['slurm_array_job_id']}_{note['slurm_array_task_id']}"
+    return f"{place}, job {note['slurm_job_id']}" if "slurm_job_id" in note else place
 
 
 def _progress(stage: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from opd_cache.config import ModelConfig, VllmOptions  # noqa: E402
 from opd_cache.errors import ConfigError, EngineOutputError, ModelError  # noqa: E402
 from opd_cache.fingerprint import model_folder  # noqa: E402
 from opd_cache.models import ADAPTER_CONFIG, TRUST_HINT, dtype_name  # noqa: E402
+from opd_cache.stall import note_progress  # noqa: E402
 from opd_cache.types import Float32Array, Int32Array  # noqa: E402
 
 VERSION = f"vllm {vllm.__version__}"
@@ -93,6 +94,8 @@ class VllmEngine:
                     return
                 finished = [output for output in engine.step() if output.finished]
                 in_flight -= len(finished)
+                if finished:
+                    note_progress("a response of the engine")
                 yield from finished
         finally:
             if in_flight:

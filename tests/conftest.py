@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,7 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, says on stdout that it guessed
 
 import pytest
-from helpers import STOP_IDS, complete, save_model, tiny_qwen2, write_jsonl
+from commands import Command
+from helpers import STOP_IDS, complete, opd_cache_command, save_model, tiny_qwen2, write_jsonl
 
 from opd_cache.config import Recipe
 from opd_cache.recipes import load_recipe
@@ -72,3 +74,22 @@ def make_recipe(task: Path) -> Callable[..., Recipe]:
 def finished_run(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A whole run of two episodes. Shared: copy it before changing anything in it."""
     return complete(make_recipe(tmp_path_factory.mktemp("finished") / "run"))
+
+
+@pytest.fixture
+def start(task: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """start("rollout", "key=value", ..., VARIABLE="...") begins that command on tmp_path/run. It is ended with the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(verb: str, *arguments: str, **variables: str) -> Command:
+        command = opd_cache_command(verb, str(task / "recipe.yaml"), f"run_dir={tmp_path}/run", *arguments)
+        places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "BEGUN": str(tmp_path / "begun"), "PYTHONPATH": places, **variables}
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe))
+        return Command(started[-1], tmp_path / "begun")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

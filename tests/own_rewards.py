@@ -1,7 +1,10 @@
 """Task rewards of tests' own: `rollout.reward=own_rewards:even_share`. Random models are seldom right, and these vary."""
 
+import os
+
 import numpy as np
 
+from opd_cache.errors import TryAgainError
 from opd_cache.grade import Response
 
 
@@ -35,6 +38,19 @@ def beyond_float64(response: Response) -> int:
 
 def words(response: Response) -> str:
     return "very\ngood"
+
+
+def told_to_fail(response: Response) -> float | str:
+    """1 for each response; but of the prompts that the environment names under a kind of failure, that."""
+
+    def is_told(kind: str) -> bool:
+        return response.prompt_id in os.environ.get(kind, "").split(",")
+
+    if is_told("RAISES"):
+        raise ValueError(f"boom at\n{response.prompt_id}")
+    if is_told("TRIES_AGAIN"):
+        raise TryAgainError(f"no answer for {response.prompt_id}")
+    return "much" if is_told("SAYS_MUCH") else 1.0
 
 
 NO_FUNCTION = 0.5

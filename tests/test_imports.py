@@ -36,6 +36,7 @@ LIGHT = (
     "inspection/",
     "limits.py",
     "logs.py",
+    "notes.py",
     "pipeline.py",
     "registry.py",
     "replay.py",
@@ -43,7 +44,9 @@ LIGHT = (
     "run_dir.py",
     "schema.py",
     "stage.py",
+    "stall.py",
     "status.py",
+    "stop.py",
     "types.py",
     "launch/",
     "prompts/",
@@ -160,14 +163,17 @@ def test_nothing_stored_is_ever_run_as_code() -> None:
 
 
 def test_no_broad_except_swallows_an_error() -> None:
-    """`except BaseException` is only for cleaning up before raising on."""
+    """`except BaseException` is only for cleaning up before raising on. What a shard's attempt meets, a reward's error too,
+    is written down and raised when the other shards are done."""
     wrong = []
+    writes_down = "notes.py"
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             caught = ast.unparse(node.type) if node.type else "everything"
             raises_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
-            if caught in {"everything", "Exception", "BaseException"} and not raises_on:
+            is_kept = caught == "Exception" and name_of(path) == writes_down
+            if caught in {"everything", "Exception", "BaseException"} and not raises_on and not is_kept:
                 wrong.append(f"{name_of(path)}:{node.lineno} catches {caught}")
     assert wrong == []

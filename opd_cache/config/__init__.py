@@ -15,7 +15,7 @@ from opd_cache.config.data import EvalConfig, PromptsConfig, TaskConfig
 from opd_cache.config.learning import DeepSpeedOptions, LearnConfig, LoraOptions, LossConfig
 from opd_cache.config.models import ModelConfig, TeacherConfig, TeacherPrompt, VllmOptions
 from opd_cache.config.options import field_types, option
-from opd_cache.config.stages import HttpOptions, RolloutConfig, ScoreConfig
+from opd_cache.config.stages import HttpOptions, PipelineConfig, RolloutConfig, ScoreConfig
 
 __all__ = [
     "DeepSpeedOptions",
@@ -25,6 +25,7 @@ __all__ = [
     "LoraOptions",
     "LossConfig",
     "ModelConfig",
+    "PipelineConfig",
     "PromptsConfig",
     "Recipe",
     "RolloutConfig",
@@ -59,10 +60,16 @@ class Recipe:
         "CPU threads of torch in each process; null: torch chooses. Fix it to get the same bits on other machines.",
         min=1,
     )
+    stall_timeout_s: Optional[float] = option(
+        3600.0,
+        "A stage that shows no progress for so long (no rollout, no step, no end of loading a model) ends with exit status 75. Too short: a slow batch is taken for a hang, every time again. null: never.",
+        above=0,
+    )
     task: TaskConfig = option(TaskConfig, "A made task.")
     student: ModelConfig = option(ModelConfig, "The student before training.")
     teachers: dict[str, TeacherConfig] = option(dict, "Teachers by name; the name becomes scores/teacher=NAME.")
     prompts: PromptsConfig = option(PromptsConfig, "Training prompts.")
+    pipeline: PipelineConfig = option(PipelineConfig, "The order of the stages.")
     rollout: RolloutConfig = option(RolloutConfig, "The rollout stage.")
     score: ScoreConfig = option(ScoreConfig, "The score stage.")
     learn: LearnConfig = option(LearnConfig, "The learn stage.")
@@ -80,8 +87,8 @@ class Recipe:
         return [self.score.teacher] if self.score.teacher is not None else list(self.teachers)
 
     def sampling_version(self, episode: int) -> int:
-        """Which policy samples an episode's rollouts."""
-        return episode
+        """The policy that samples an episode. Learning it always goes on from policy version `episode`."""
+        return max(0, episode - self.pipeline.lookahead)
 
     def eval_is_due(self, version: int) -> bool:
         """Whether this policy is to be evaluated."""

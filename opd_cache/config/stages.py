@@ -1,4 +1,4 @@
-"""The rollout and the score stage."""
+"""The order of the stages, the rollout and the score stage."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -9,6 +9,18 @@ from opd_cache.config.options import option
 
 # OmegaConf reads the annotations: it wants Optional[X], not X | None.
 # ruff: noqa: UP045
+
+
+@dataclass
+class PipelineConfig:
+    """How far the stages of different episodes may overlap."""
+
+    lookahead: int = option(
+        0,
+        "0: an episode is sampled by the policy that its learning starts from. 1: by the one before, so that it can be sampled while the episode before still learns. reverse_kl_pg and reward_pg weigh by the ratio to the policy that sampled; the other losses have no ratio and take their mean over the older policy's tokens.",
+        min=0,
+        max=1,
+    )
 
 
 @dataclass

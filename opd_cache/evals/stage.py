@@ -16,6 +16,7 @@ from opd_cache.errors import ConfigError, MismatchError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.grade import grade, pass_at_k, response_of
 from opd_cache.learn.inputs import open_teaching
+from opd_cache.notes import write_note
 from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prompts, take_in_prompts
 from opd_cache.rollout.samples import Sampler
 from opd_cache.rollout.stage import sample_shards
@@ -24,7 +25,6 @@ from opd_cache.run_dir import SCHEMA_VERSION, RolloutSet
 from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.score.scores import Scorer
 from opd_cache.score.stage import score_rollouts
-from opd_cache.stage import write_note
 from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import (
     RolloutPlan,
@@ -77,7 +77,9 @@ def _evaluate(
         _publish_results(run, folder, rows, about)
     _publish_summary(run, subject, about)
     seconds = round(time.monotonic() - start, 4)
-    write_note(run.dir.log_folder("eval", subject), "eval", {"stage": "eval", "subject": subject, "seconds": seconds})
+    write_note(
+        run.dir.log_folder("eval", subject) / "eval.json", {"stage": "eval", "subject": subject, "seconds": seconds}
+    )
 
 
 def _about(run: Run, subject: str, model: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from opd_cache.errors import OpdCacheError, TryAgainError
+from opd_cache.stop import SIGNALS, noted_signals
+
+# A signal that comes before a command can handle it ends it by itself.
+TRY_AGAIN = {TryAgainError.exit_status, *(-number for number in SIGNALS)}
 
 
 class StageFailedError(OpdCacheError):
@@ -20,18 +24,23 @@ class SubprocessStages:
     def __call__(self, stage: str, number: int) -> None:
         workers = self.num_workers if stage in ("rollout", "score") else 1
         commands = [self._command(stage, number, task, workers) for task in range(workers)]
-        processes = [subprocess.Popen(command) for command in commands]
-        try:
-            statuses = [process.wait() for process in processes]
-        except BaseException:
-            for process in processes:
-                process.terminate()
-            raise
-        if failed := [status for status in statuses if status]:
-            kind = TryAgainError if set(failed) == {TryAgainError.exit_status} else StageFailedError
-            raise kind(
-                f"{stage} {number} ended with status {failed[0]}; see above. The same command goes on from what is published."
-            )
+        processes: list[subprocess.Popen] = []
+        with noted_signals(processes) as request:
+            try:
+                for command in commands:
+                    processes.append(subprocess.Popen(command))
+                if request.signal_name is not None:  # then some were not there yet
+                    raise TryAgainError(f"stopped by {request.signal_name}; the same command goes on from here.")
+                statuses = [process.wait() for process in processes]
+            except BaseException:
+                for process in processes:
+                    process.terminate()
+                raise
+            if failed := [status for status in statuses if status]:
+                kind = TryAgainError if TRY_AGAIN.issuperset(failed) else StageFailedError
+                raise kind(
+                    f"{stage} {number} ended with status {failed[0]}; see above. The same command goes on from what is published."
+                )
 
     def _command(self, stage: str, number: int, task: int, workers: int) -> list[str]:
         which = ["--policy-version", str(number)] if stage == "eval" else ["--episode", str(number)]

@@ -1,16 +1,15 @@
 """Several processes of this machine that run one command together, as torchrun would start them."""
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 
 from opd_cache.errors import OpdCacheError, TryAgainError
+from opd_cache.stop import noted_signals
 
 # How long the others may take to notice that a rank is gone.
 GRACE_S = 10.0
@@ -36,22 +35,19 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> None:
     shared = {"OMP_NUM_THREADS": threads, **os.environ}
     shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-m", "opd_cache", *arguments]
-    processes = [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=_die_with_parent
-        )
-        for rank in range(num_ranks)
-    ]
+    processes: list[subprocess.Popen] = []
     try:
-        with _passed_on(processes):
-            _wait(processes)
-        failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
+        with noted_signals(processes) as request:
+            for rank in range(num_ranks):
+                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
+            if request.signal_name is None:
+                _wait(processes)
+                _check(processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    if failed:
-        raise _failure(failed)
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> None:
@@ -63,6 +59,11 @@ def _wait(processes: Sequence[subprocess.Popen]) -> None:
         if deadline is not None and time.monotonic() > deadline:
             return
         time.sleep(POLL_S)
+
+
+def _check(processes: Sequence[subprocess.Popen]) -> None:
+    if failed := [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]:
+        raise _failure(failed)
 
 
 def _failure(failed: list[tuple[int, int]]) -> OpdCacheError:
@@ -81,21 +82,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def _passed_on(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:

@@ -1,7 +1,8 @@
 """What an episode learns from: sealed rollouts and scores, checked against each other and against the recipe."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,13 +32,23 @@ def open_sources(run: Run, episode: int, loss: Loss) -> tuple[list[Source], list
     opened = [
         open_source(run.recipe, run.dir.episode(number), number, loss) for number in range(episode, first - 1, -1)
     ]
-    policy, found = opened[0][1]["policy"], run.policy_fingerprint(episode)
-    if not run.is_replay and policy != found:
-        target = run.dir.episode(episode)
-        raise MismatchError(
-            f"{target.plan}: sampled by policy {str(policy)[:12]}, but the policy of version {episode} is {found[:12]}. Move {target.path} away and run: {stage_command('rollout', target)}"
-        )
+    if not run.is_replay:
+        _check_sampled_by(run, episode, opened[0][0].rollouts.about)
     return [source for source, _ in opened], [facts for _, facts in opened]
+
+
+def _check_sampled_by(run: Run, episode: int, about: Mapping[str, Any]) -> None:
+    """Refuse rollouts of another policy than the one that the recipe wants, as it is now. Raises MismatchError."""
+    target, wanted, version = run.dir.episode(episode), run.recipe.sampling_version(episode), about["policy_version"]
+    again = f"move {target.path} away and run: {stage_command('rollout', target)}"
+    if version != wanted:
+        raise MismatchError(
+            f"{target.plan}: sampled by policy version {version}, pipeline.lookahead = {run.recipe.pipeline.lookahead} wants version {wanted}. Set it back, or {again}"
+        )
+    if about["policy"] != (found := run.policy_fingerprint(wanted)):
+        raise MismatchError(
+            f"{target.plan}: sampled by policy {about['policy'][:12]}, but the policy of version {wanted} is {found[:12]}. M{again[1:]}"
+        )
 
 
 def open_source(recipe: Recipe, target: RolloutSet, episode: int, loss: Loss) -> tuple[Source, dict[str, object]]:

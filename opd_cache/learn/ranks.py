@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError, TryAgainError
 
 T = TypeVar("T")
+LAUNCH = "OPD_CACHE_LAUNCH"  # any text that is the same for all ranks of one launch and no others
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,9 @@ def joined_ranks(ranks: Ranks, timeout_s: float) -> Iterator[Ranks]:
     if ranks.world == 1:
         yield ranks
         return
-    if not dist.is_initialized():
-        _name_the_meeting_point()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s))
     try:
+        if not dist.is_initialized():
+            _meet(ranks, timedelta(seconds=timeout_s), os.environ.get(LAUNCH, ""))
         yield ranks
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -110,7 +110,38 @@ def joined_ranks(ranks: Ranks, timeout_s: float) -> Iterator[Ranks]:
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks, timeout: timedelta, launch: str) -> None:
+    """Raises TryAgainError where the meeting point is taken, or ranks of another launch are there."""
+    _name_the_meeting_point()
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, *_ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise TryAgainError(
+            f"{place}, where the ranks meet, is in use, perhaps by another copy of this job. Run the same command again when that has ended, or set MASTER_PORT."
+        ) from error
+    _check_launch(store, ranks, launch, place)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+
+
+def _check_launch(store: dist.Store, ranks: Ranks, launch: str, place: str) -> None:
+    """Refuse a meeting of two copies of one job: they have its number in common, and with that the meeting point."""
+    keys = [f"launch/{rank}" for rank in range(ranks.world)]
+    # The first to come has the rank's place, so that a second copy is turned away and does not disturb the first.
+    kept = store.compare_set(keys[ranks.rank], "", f"launch {launch}")
+    store.wait(keys)
+    found = sorted({value.decode() for value in (kept, *store.multi_get(keys), f"launch {launch}".encode())})
+    if len(found) > 1:
+        raise TryAgainError(
+            f"rank {ranks.rank} met ranks of another launch at {place} ({LAUNCH} is {' and '.join(repr(one.removeprefix('launch ')) for one in found)}): two copies of one job are running. Run the same command again when one has ended."
+        )
 
 
 def _name_the_meeting_point() -> None:

@@ -33,17 +33,18 @@ from opd_cache.learn.losses import resolve_loss
 from opd_cache.learn.plan import LearnPlan, plan_facts, plan_learning
 from opd_cache.learn.ranks import ALONE, Ranks
 from opd_cache.learn.step import Trainer
-from opd_cache.learn.stop import StopRequest, noted_signals
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
 from opd_cache.learn.student import on_device
 from opd_cache.learn.teachers import teaching_facts
 from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
+from opd_cache.notes import write_note
 from opd_cache.run import Run
 from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
-from opd_cache.stage import write_note
+from opd_cache.stall import note_progress, phase
+from opd_cache.stop import StopRequest, noted_signals
 from opd_cache.store.join import Joined
 from opd_cache.store.publish import fsync_folder, make_folder, publish_json
 from opd_cache.store.shards import write_table
@@ -81,16 +82,17 @@ def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) 
         return True
     limit = run.recipe.learn.max_tokens_per_micro_batch
     with (
-        explained_memory_errors("learn.max_tokens_per_micro_batch", limit),
         noted_signals() as request,
+        explained_memory_errors("learn.max_tokens_per_micro_batch", limit),
         read_ahead(_remaining_batches(run, lesson)) as batches,
     ):
         # The initial student may be the policy of another run: its weights count, its optimizer does not.
-        engine.load(lesson.folder, with_optimizer=lesson.folder != run.policy_folder(0))
+        with phase("loading the student"):
+            engine.load(lesson.folder, with_optimizer=lesson.folder != run.policy_folder(0))
         state = _train(run, episode, engine, ranks, lesson, batches, request)
         _publish_policy(run, episode, engine, ranks, replace(lesson, state=state))
-    if ranks.is_first:
-        _write_note(run, episode, ranks, state, time.monotonic() - start)
+        if ranks.is_first:
+            _write_note(run, episode, ranks, state, time.monotonic() - start)
     return True
 
 
@@ -159,6 +161,7 @@ def _train(
             read_s = time.monotonic() - waiting
             metrics = trainer.step(batch, state.step, plan.learning_rate(state.step, config), read_s)
             state = TrainerState(state.step + 1, state.cursor + len(batch), [*state.steps, metrics])
+            note_progress(f"step {len(state.steps)} of {plan.num_steps} of episode {episode}")
             if ranks.is_first:
                 progress.advance(1, metrics["tokens"])
                 _log_step(episode, plan, state, metrics)
@@ -227,11 +230,12 @@ def _publish(
         also(target)
 
     won = False
-    if ranks.is_first:
-        won = publish_checkpoint(final, about, fill)
-    else:
-        engine.save(None)
-    return ranks.any(won)
+    with phase(f"saving {final.name}"):
+        if ranks.is_first:
+            won = publish_checkpoint(final, about, fill)
+        else:
+            engine.save(None)
+        return ranks.any(won)
 
 
 def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
@@ -259,7 +263,7 @@ def _write_note(run: Run, episode: int, ranks: Ranks, state: TrainerState, secon
     if tokens == 0:
         log.warning("learn   episode %d | no rollout had a token to learn from; the policy is unchanged", episode)
     note = {"stage": "learn", "steps": len(state.steps), "tokens": tokens, "seconds": round(seconds, 4)}
-    write_note(run.dir.log_folder("learn", f"episode={episode}"), "learn", {**note, "ranks": ranks.world})
+    write_note(run.dir.log_folder("learn", f"episode={episode}") / "learn.json", {**note, "ranks": ranks.world})
 
 
 def _log_step(episode: int, plan: LearnPlan, state: TrainerState, metrics: dict[str, Any]) -> None:

@@ -29,19 +29,20 @@ def plan_episode(
     recipe: Recipe,
     run_id: str,
     episode: int,
+    policy_version: int,
     policy: str,
     dtype: str,
     prompts_digest: str,
     num_prompts: int,
     stop_token_ids: list[int],
 ) -> RolloutPlan:
-    """The plan of an episode's rollouts by the student after `episode` episodes."""
+    """The plan of an episode's rollouts by that policy."""
     options = recipe.rollout
     return RolloutPlan(
         run_id=run_id,
         scope=str(episode),
         seed=recipe.seed,
-        policy_version=episode,
+        policy_version=policy_version,
         policy=policy,
         sampler=options.sampler,
         dtype=dtype,

@@ -17,6 +17,7 @@ from opd_cache.rollout.samples import Sample, Sampler, SampleRequest
 from opd_cache.run import Run, stop_token_ids
 from opd_cache.run_dir import RolloutSet
 from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.stall import phase
 from opd_cache.store.join import rollout_fault
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, publish_rollout_plan, rollout_shards
 from opd_cache.store.rows import group_limit, group_sizes, rollout_batch
@@ -42,12 +43,14 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
         if shards.is_sealed():
             share.check(shards)
             return True
-    folder = run.policy_folder(episode)
+    version = run.recipe.sampling_version(episode)
+    folder = run.policy_folder(version)
     plan = plan_episode(
         run.recipe,
         run.run_id,
         episode,
-        run.policy_fingerprint(episode),
+        version,
+        run.policy_fingerprint(version),
         sampler.dtype,
         run.prompts_digest,
         count_prompts(run.dir.prompts),
@@ -58,7 +61,7 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
     publish_rollout_plan(target, plan, f"Set it back, or move {target.path} away to sample the episode again.")
 
     def load() -> None:
-        sampler.load_policy(run.policy_config(episode))
+        sampler.load_policy(run.policy_config(version))
 
     return sample_shards(run, target, plan, run.dir.prompts, sampler, load, share, reward)
 
@@ -76,7 +79,8 @@ def sample_shards(
     """Make the missing rollout shards of a plan. `load` gives the sampler its weights and is called only when needed."""
     shards = rollout_shards(target, plan)
     if share.of(shards.missing()):
-        load()
+        with phase("loading the policy"):
+            load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
         rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress, reward)

@@ -20,6 +20,7 @@ from opd_cache.score.checks import GapWatch, check_repeats
 from opd_cache.score.inputs import fingerprint_of, own_prompts
 from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores, UnfitScoresError
 from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.stall import phase
 from opd_cache.store.join import read_rollouts, score_fault
 from opd_cache.store.plans import (
     RolloutPlan,
@@ -105,9 +106,10 @@ def score_rollouts(
     publish_score_plan(target, plan, facts)
     scores = score_shards(target, plan, teacher, first_token)
     if share.of(scores.missing()):
-        check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
-        _warn_of_other_eos(plan, teacher, config)
-        scorer.load()
+        with phase(f"loading teacher {teacher}"):
+            check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
+            _warn_of_other_eos(plan, teacher, config)
+            scorer.load()
 
     def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
         own_ids = {} if prompts is None else read_prompt_ids(prompts, plan.shard_prompts(shard))

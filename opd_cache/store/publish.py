@@ -23,6 +23,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_LINK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.EPERM}
 TEMPORARY_SUFFIX = ".tmp"
 MAX_DIFFERENCES = 5  # named in one error line
+_unfinished: set[Path] = set()  # temporary files that this process is writing
 
 
 def temporary_beside(final: Path) -> Path:
@@ -71,6 +72,7 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
     temporary = temporary_beside(final)
     with explained_disk_errors(final):
         make_folder(final.parent)
+        _unfinished.add(temporary)
         try:
             with open(temporary, "xb") as file:
                 write(file)
@@ -87,6 +89,13 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
             return won
         finally:
             temporary.unlink(missing_ok=True)
+            _unfinished.discard(temporary)
+
+
+def drop_unfinished_files() -> None:
+    """Remove this process's temporary files, for when it is ended from another thread than the one that writes them."""
+    for path in list(_unfinished):
+        path.unlink(missing_ok=True)
 
 
 def publish_link(source: Path, final: Path) -> None:

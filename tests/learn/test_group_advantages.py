@@ -1,4 +1,4 @@
-"""Rewards as advantages: compared inside the group that one policy sampled for one prompt."""
+"""Rewards as advantages: compared inside the group that one episode sampled for one prompt."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +17,12 @@ from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
 
-def row(prompt: int, reward: float | None, policy_version: int = 0) -> Joined:
+def row(prompt: int, reward: float | None, episode: int = 0) -> Joined:
     ids, none = np.ones(3, np.int32), np.zeros((3, 0), np.int32)
     values = np.full(3, -0.5, np.float32)
-    rollout = Rollout("0/0/0", prompt, 0, ids, ids, values, "stop", policy_version, reward=reward)
-    return rollout, Score("0/0/0", 0, values, ids, none, none.astype(np.float32))
+    rollout_id = f"{episode}/{prompt}/0"
+    rollout = Rollout(rollout_id, prompt, 0, ids, ids, values, "stop", 0, reward=reward)
+    return rollout, Score(rollout_id, 0, values, ids, none, none.astype(np.float32))
 
 
 def advantages(*rows: Joined) -> list[float]:
@@ -63,8 +64,9 @@ def test_rows_that_carry_no_loss_count_in_their_group() -> None:
     assert group_advantages(batch, rows) == pytest.approx([sqrt(2)])
 
 
-def test_samples_of_two_policies_for_one_prompt_are_two_groups() -> None:
-    rows = [row(0, 1.0, policy_version=3), row(0, 9.0, policy_version=2), row(0, 2.0, 3), row(0, 7.0, 2)]
+def test_samples_of_two_episodes_for_one_prompt_are_two_groups() -> None:
+    """Also where one policy sampled both."""
+    rows = [row(0, 1.0, episode=3), row(0, 9.0, episode=2), row(0, 2.0, 3), row(0, 7.0, 2)]
     assert advantages(*rows) == pytest.approx([-1, 1, 1, -1])
 
 

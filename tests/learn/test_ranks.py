@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import Command
 from helpers import run_command
 from safetensors.torch import load_file
 
@@ -252,6 +254,48 @@ def test_torchrun_starts_ranks_that_learn_what_one_does(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert_same_losses(unlearned, alone)
+
+
+def start_rank(start: Callable[..., Command], rank: int, port: int, **environment: str) -> Command:
+    ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return start("learn", *SETTINGS, "--episode", "0", **ranks, **meeting, **environment)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("launches", [("one", "two"), ("one", "")])
+def test_ranks_of_two_launches_of_one_job_part_again(
+    start: Callable[..., Command], unlearned: Path, launches: tuple[str, str]
+) -> None:
+    port = free_port()
+    ranks = [start_rank(start, rank, port, OPD_CACHE_LAUNCH=launch) for rank, launch in enumerate(launches)]
+    for rank, command in enumerate(ranks):
+        line = command.ends(60)
+        assert (
+            f"TryAgainError: rank {rank} met ranks of another launch at 127.0.0.1:{port} (OPD_CACHE_LAUNCH is " in line
+        )
+        assert all(repr(launch) in line for launch in launches)
+    assert not (unlearned / "episode=0/learn").exists()
+
+
+def test_ranks_of_one_launch_learn_together(start: Callable[..., Command], unlearned: Path) -> None:
+    port = free_port()
+    ranks = [start_rank(start, rank, port, OPD_CACHE_LAUNCH="one") for rank in range(2)]
+    for command in ranks:
+        assert command.process.wait(120) == 0
+    assert len(steps_of(unlearned)) == STEPS
+
+
+def test_a_meeting_point_in_use_may_be_tried_again(start: Callable[..., Command], unlearned: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = start_rank(start, 0, port).ends(60)
+    assert line.startswith(f"TryAgainError: 127.0.0.1:{port}, where the ranks meet, is in use")
 
 
 @pytest.mark.parametrize(("environment", "expected"), [

@@ -25,6 +25,7 @@ from opd_cache.learn import stage
 from opd_cache.learn.stage import learn_episode, new_engine
 from opd_cache.learn.step import Trainer
 from opd_cache.run import Run, open_run
+from opd_cache.stop import noted_signals
 
 
 @pytest.fixture
@@ -82,6 +83,26 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(
     for name in ("model.safetensors", "trainer/optimizer.safetensors"):
         assert (run.policy_folder(2) / name).read_bytes() == (finished_run.policy_folder(2) / name).read_bytes()
     assert not list(unlearned.glob("episode=1/learn/checkpoint-*"))
+
+
+def test_a_signal_in_the_last_step_is_left_to_who_waits_for_the_policy(
+    make_recipe: Callable[..., Recipe], unlearned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run must not go on with its next stage."""
+
+    class Signalled(Trainer):
+        def step(self, batch, step, *arguments):  # type: ignore[no-untyped-def]
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().step(batch, step, *arguments)
+
+    monkeypatch.setattr(stage, "Trainer", Signalled)
+    with noted_signals() as request:
+        run = learn(make_recipe, unlearned)
+        assert request.signal_name == "SIGUSR1"
+        request.signal_name = None
+    assert run.is_learned(1)
+    assert (unlearned / "logs/learn/episode=1/learn.json").exists()
 
 
 def test_checkpoints_are_kept_as_the_recipe_says(make_recipe: Callable[..., Recipe], unlearned: Path) -> None:

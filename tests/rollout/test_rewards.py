@@ -179,7 +179,7 @@ def test_a_reward_that_is_no_finite_number_is_refused_and_nothing_is_published(
     run = open_run(make_recipe(tmp_path / "run", f"rollout.reward=own_rewards:{name}", *QUICK))
     with pytest.raises(
         StoreError,
-        match=rf"^rollout.reward = 'own_rewards:{name}' gave {value} for 0/\d+/0, expected a finite number or None; nothing was published. Mend the function and run the same command again.$",
+        match=rf"^3 of 3 shards failed \(0, 1, 2\): rollout.reward = 'own_rewards:{name}' gave {value} for 0/\d+/0, expected a finite number or None; nothing was published. Mend the function and run the same command again.$",
     ):
         InlineStages(run).rollout(0)
     assert not run.dir.episode(0).rollouts.exists() or not list(run.dir.episode(0).rollouts.iterdir())

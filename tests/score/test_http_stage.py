@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from helpers import data_files, run_command
 from served_teacher import LogprobsOf, ServedTeacher, always
 from transformers import AutoModelForCausalLM
@@ -126,7 +129,7 @@ def test_an_answer_that_stays_wrong_publishes_no_shard_and_names_the_rollouts(
             scored_by(make_recipe, run_path, *served_recipe(served.url))
         message = str(caught.value)
     assert caught.value.exit_status == 2
-    assert message.startswith("8 of 8 rollouts got no scores (http sglang): 0/")
+    assert message.startswith("3 of 3 shards failed (0, 1, 2): 8 of 8 rollouts got no scores (http sglang): 0/")
     assert message.count("its log-prob is nan") == 3
     assert message.endswith("; .... Nothing was published.")
     assert "\n" not in message
@@ -177,3 +180,15 @@ def test_teachers_have_servers_of_their_own(
         assert recipe.teachers["second"] == TeacherConfig(model=f"{task}/teacher", urls=[other.url])
         assert InlineStages(open_run(recipe)).score(0)
     assert len(one.asked) == len(other.asked) - 1 > 10  # one more to find out the dialect
+
+
+def test_a_signal_ends_the_wait_for_a_slow_server(start: Callable[..., Command], run_path: Path) -> None:
+    def slow(ids: list[int]) -> np.ndarray:
+        time.sleep(30)
+        raise AssertionError("nobody waits for this")
+
+    with ServedTeacher(slow, "sglang") as served:
+        command = start("score", *served_recipe(served.url), "--episode", "0")
+        command.wait_for(lambda: served.in_flight == 4)
+        command.stops(signal.SIGTERM)
+    assert [path.name for path in run_path.glob("episode=0/scores/teacher=main/*")] == ["plan.json"]

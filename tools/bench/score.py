@@ -150,9 +150,7 @@ def measure(model: str, dtype: str, names: Sequence[str], repeats: int) -> dict[
                     seconds[variant].append(time.perf_counter() - start)
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
     ratios = {
-        f"{one} / {other}": median[other] / median[one]
-        for one, other in RATIOS
-        if one in median and other in median
+        f"{one} / {other}": median[other] / median[one] for one, other in RATIOS if one in median and other in median
     }
     return {
         "model": model,

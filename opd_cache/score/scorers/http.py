@@ -19,6 +19,7 @@ from opd_cache.score.scorers.http_served import Served, describe
 from opd_cache.score.scorers.http_servers import Server, Servers
 from opd_cache.score.scorers.http_shapes import DIALECTS, UnfitReplyError, reader
 from opd_cache.score.scores import ScoreRequest, TokenScores, UnfitScoresError, no_scores
+from opd_cache.stall import note_progress
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class HTTPScorer:
                 for request in waiting:
                     try:
                         found.append(await self._score_one(client, request, top_k))
+                        note_progress("an answer of the teacher's servers")
                     except UnfitReplyError as error:
                         faults[request.key] = str(error)
 
