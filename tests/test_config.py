@@ -11,7 +11,7 @@ from opd_cache.config import Recipe, TeacherConfig, describe_keys
 from opd_cache.errors import ConfigError
 from opd_cache.recipes import load_recipe, packaged_recipes, recipe_json, recipe_yaml
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
 MINIMAL = """
 run_dir: runs/a
 student: {model: s}

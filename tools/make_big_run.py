@@ -143,7 +143,7 @@ def publish_identity(run: RunDir, recipe: Recipe) -> str:
 def make_episode(run: RunDir, recipe: Recipe, run_id: str, episode: int, shape: Shape) -> None:
     target, prompts = run.episode(episode), digest_file(run.prompts)
     plan = plan_episode(
-        recipe, run_id, episode, "random", "float32", prompts, recipe.rollout.prompts_per_episode, [EOS]
+        recipe, run_id, episode, episode, "random", "float32", prompts, recipe.rollout.prompts_per_episode, [EOS]
     )
     publish_rollout_plan(target, plan, "Choose another folder.")
     rollouts = rollout_shards(target, plan)
