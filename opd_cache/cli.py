@@ -87,11 +87,12 @@ def load_recipe_arguments(recipe: tuple[str, ...], stage: str | None = None) -> 
     loaded = load_recipe(recipe)
     if stage is not None:
         enter(loaded, stage, sys.argv[1:])
-    _quiet_libraries()
+    quiet_libraries()
     return loaded
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """What other packages would print on import, and how their threads wait. Before they are imported."""
     # Two busy OpenMP threads on two cores spin against each other unless they sleep while waiting.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -301,7 +302,7 @@ def replay(run_dir: Path, overrides: tuple[str, ...], into: Path, episodes: str 
     from opd_cache.replay import replay_run
 
     set_up_logging()
-    _quiet_libraries()
+    quiet_libraries()
     comparison = replay_run(run_dir, into, episodes, overrides)
     if as_json:
         click.echo(json.dumps(comparison, indent=2))

@@ -27,10 +27,12 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
 
     Example: opd-cache submit quickstart single_node
     """
-    from opd_cache.cli import load_recipe_arguments
+    from opd_cache.cli import quiet_libraries
     from opd_cache.launch.clusters import PREFIX, load_cluster
     from opd_cache.launch.submit import plan_submission, submission_rows
     from opd_cache.launch.submit import submit as send
+    from opd_cache.logs import set_up_logging
+    from opd_cache.recipes import load_recipe
     from opd_cache.replay import parse_episodes
     from opd_cache.run import open_run
     from opd_cache.run_dir import RunDir
@@ -43,13 +45,15 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
     about_cluster = [argument for argument in arguments if argument.startswith(PREFIX)]
     cluster = load_cluster(files[-1], about_cluster)
     rest = [argument for argument in arguments if argument != files[-1] and argument not in about_cluster]
-    recipe = load_recipe_arguments(tuple(rest))
+    set_up_logging()
+    recipe = load_recipe(rest)
     chosen = None if episodes is None else parse_episodes(episodes)
     run = RunDir(Path(recipe.run_dir).absolute())
     plan = plan_submission(recipe, run, cluster, chosen, dry_run)
     if dry_run:
         _print_dry(plan)
         return
+    quiet_libraries()
     open_run(recipe)
     ids = send(plan, lambda line: click.echo(line, err=True))
     rows = submission_rows(plan, ids)

@@ -21,6 +21,8 @@ class Slurm:
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))},
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{PATH_OF_DAEMONS}",
+            # Jobs use rewards and samplers of the tests' own.
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
         }
 
     def __call__(self, *command: str | Path) -> str:

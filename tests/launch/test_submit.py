@@ -1,6 +1,7 @@
 """Whole runs as chains of Slurm jobs, on a real Slurm."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import data_files
+from helpers import complete, data_files
 from slurm_cluster import Slurm
 
-from opd_cache.config import Recipe
+from opd_cache.recipes import load_recipe
+from opd_cache.run_dir import RunDir
+from opd_cache.store.plans import load_rollout_plan
 
 CLUSTER = """
 defaults:
@@ -25,7 +28,14 @@ learn: {nodes: 2}
 max_requeues: 5
 warning_s: 20
 """
-SETTINGS = ("num_episodes=3", "rollout.prompts_per_shard=3", "learn.num_ranks=2", "learn.checkpoint_every_steps=1")
+SETTINGS = ("eval.every_episodes=2", "rollout.prompts_per_shard=3", "learn.num_ranks=2")
+REWARD = "rollout.reward=own_rewards:told_to_fail"
+SMALL = (
+    "num_episodes=1",
+    "eval.path=null",
+    "rollout.prompts_per_shard=3",
+    "rollout.sampler=random_sampler:RandomSampler",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +46,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make_recipe: Callable[..., Recipe], task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on this machine, by `opd-cache run`."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     command = [shutil.which("opd-cache") or "opd-cache", "run", f"{task}/recipe.yaml", f"run_dir={folder}", *SETTINGS]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpoisoned(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One episode with a reward, on this machine."""
+    folder = tmp_path_factory.mktemp("unpoisoned") / "run"
+    complete(load_recipe([str(task / "recipe.yaml"), f"run_dir={folder}", *SMALL, REWARD]))
     return folder
 
 
@@ -51,17 +69,23 @@ class Submitted:
         self.slurm, self.run = slurm, run
         self.arguments = (str(recipe), str(cluster), f"run_dir={run}", *settings)
 
-    def command(self, *arguments: str, status: int = 0) -> str:
+    def command(self, *arguments: str, status: int = 0, **environment: str) -> str:
         """Run `opd-cache ...`; its output, or its error where another status is expected."""
         ended = subprocess.run(
-            ["opd-cache", *arguments], env=self.slurm.environment, capture_output=True, text=True, timeout=120
-        )
+            ["opd-cache", *arguments],
+            env=self.slurm.environment | {"COLUMNS": "200"} | environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
         assert ended.returncode == status, ended.stderr + ended.stdout
         return ended.stderr if status else ended.stdout
 
-    def submit(self, *options: str) -> list[dict[str, Any]]:
+    def submit(self, *options: str, **environment: str) -> list[dict[str, Any]]:
         """What was found and sent, by stage and episode."""
-        return json.loads(self.command("submit", *self.arguments, "--json", *options))["stages"]
+        return json.loads(self.command("submit", *self.arguments, "--json", *options, **environment))["stages"]
+
+    def sent(self, *options: str, **environment: str) -> dict[str, str]:
+        """The array indices that were sent, by stage and episode."""
+        rows = self.submit(*options, **environment)
+        return {f"{row['stage']} {row['number']}": row["sent_tasks"] for row in rows if row["sent_tasks"]}
 
     def status(self) -> list[dict[str, Any]]:
         """The stages that are not done."""
@@ -94,7 +118,7 @@ def new_run(slurm: Slurm, task: Path, cluster: Path, tmp_path: Path) -> Callable
 
 
 def test_a_submitted_run_is_the_run_of_one_machine(new_run: Callable[..., Submitted], undisturbed: Path) -> None:
-    """Arrays of four tasks for rollouts and scores, two ranks on two nodes, three episodes."""
+    """Arrays of four tasks for rollouts and scores, two ranks on two nodes, two episodes."""
     run = new_run()
     sent = run.submit()
     assert [(row["stage"], row["number"], row["sent_tasks"]) for row in sent if row["number"] == 0] == [
@@ -105,3 +129,94 @@ def test_a_submitted_run_is_the_run_of_one_machine(new_run: Callable[..., Submit
     assert run.status() == []
     assert data_files(run.run) == data_files(undisturbed)
     assert run.submit() == []
+
+
+def prompts_of(run: Path, shard: int) -> list[int]:
+    return load_rollout_plan(RunDir(run).episode(0)).shard_prompts(shard)
+
+
+def test_a_poisoned_prompt_stops_what_follows_is_named_and_alone_sent_again(
+    new_run: Callable[..., Submitted], unpoisoned: Path
+) -> None:
+    run = new_run(*SMALL, REWARD, "cluster.learn.nodes=1")
+    poison = f"p{prompts_of(unpoisoned, 2)[0]}"
+    assert run.sent(RAISES=poison) == {"rollout 0": "0-3", "score 0": "0-3", "learn 0": "0"}
+    run.wait()
+    rollout, score, learn = run.status()
+    assert (rollout["done"], rollout["shards"], rollout["not_queued"]) == (3, 4, 1)
+    (ended,) = rollout["ended"]
+    assert (ended["task"], ended["shards"]) == (2, [2])
+    assert (score["done"], learn["done"], score["ended"], learn["ended"]) == (0, 0, [], [])
+    shown = run.command("status", str(run.run))
+    assert "ended without shard 2" in " ".join(shown.split())
+    assert f"boom at {poison}" in " ".join(shown.split())
+    assert run.sent() == {"rollout 0": "2", "score 0": "0-3", "learn 0": "0"}
+    run.wait()
+    assert run.status() == []
+    assert data_files(run.run) == data_files(unpoisoned)
+
+
+def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
+    new_run: Callable[..., Submitted], unpoisoned: Path
+) -> None:
+    run = new_run(*SMALL, REWARD, "cluster.learn.nodes=1")
+    run.submit()
+    run.wait_for("|RUNNING|")
+    assert run.command("cancel", str(run.run)).startswith("cancelled ")
+    run.wait(30)
+    time.sleep(7)  # a requeued job would be back: its credential expires after 5 s
+    assert run.queue() == []
+    assert "no job is queued" in run.command("cancel", str(run.run))
+    assert not (run.run / "episode=0/policy").exists()
+    run.submit()
+    run.wait()
+    assert data_files(run.run) == data_files(unpoisoned)
+
+
+def test_a_stage_whose_upstream_was_forgotten_does_not_run_on_missing_input(new_run: Callable[..., Submitted]) -> None:
+    """Slurm takes a job that it no longer knows for one that has succeeded."""
+    run = new_run(*SMALL, REWARD)
+    run.command("submit", *run.arguments, "--dry-run")
+    assert not run.run.exists()
+    run.submit()
+    run.command("cancel", str(run.run))
+    run.wait(30)
+    job = run.slurm.submit(run.run / "slurm/learn.sh", "--dependency=afterok:999999", script_arguments=["0", "1"])
+    assert run.slurm.wait(job) == ["FAILED"]
+    log = (run.run / f"logs/slurm/learn-{job}.log").read_text()
+    assert "MissingInputError" in log
+    assert not (run.run / "episode=0/learn").exists()
+
+
+def test_a_waiting_stage_is_told_of_the_jobs_that_now_make_its_input(new_run: Callable[..., Submitted]) -> None:
+    run = new_run(*SMALL, REWARD)
+    (rollout, score, _) = run.submit("cluster.defaults.sbatch=[--hold]")
+    run.slurm("scancel", f"{rollout['jobs'][0]}_1")
+    sent = run.sent("cluster.defaults.sbatch=[--hold]")
+    assert sent == {"rollout 0": "1"}
+    (waiting,) = [
+        line for line in run.slurm("squeue", "-h", "-o", "%F|%E").splitlines() if line.startswith(score["jobs"][0])
+    ]
+    assert len(re.findall(r"afterok:\d+", waiting)) == 2
+    run.command("cancel", str(run.run))
+    run.wait(30)
+
+
+def test_the_five_mistakes_of_a_newcomer_are_one_line_each(new_run: Callable[..., Submitted], task: Path) -> None:
+    run = new_run(*SMALL)
+    recipe = str(task / "recipe.yaml")
+    for arguments, said in (
+        ((recipe,), "expected RECIPE... CLUSTER"),
+        (
+            (recipe, "nowhere"),
+            "cluster 'nowhere' is neither a file nor a packaged cluster. Packaged: gpu_cluster, single_node.",
+        ),
+        ((*run.arguments, "cluster.rollout.partition=gpus"), "rollout job: sbatch: "),
+        ((*run.arguments, "--episodes", "3-1"), "expected one number, or an unbroken range"),
+        ((*run.arguments, "cluster.learn.tasks=2"), "learn.tasks is unknown"),
+    ):
+        error = run.command("submit", *arguments, status=2)
+        assert said in error
+        assert len(error.strip().splitlines()) == 1
+    assert run.queue() == []
+    assert "no run.json" in run.command("cancel", str(task), status=2)
