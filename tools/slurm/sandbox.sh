@@ -15,7 +15,7 @@
 # Settings come from the environment (defaults in brackets):
 #   SLURM_SANDBOX_NODES [2] _CPUS [4, per node] _MEM [4000, MB per node] _GPUS [2, pretend ones per node; 0: none]
 #   _PORT_BASE [picked from DIR, must be free] _CRED_EXPIRE [5, the least Slurm takes] _KILL_WAIT [3] _SLURMD_TIMEOUT [10]
-#   _MIN_JOB_AGE [300] _MAX_ARRAY [1001] _GRACE [5] _ACCT_FREQ [5] _OVERMEM [0; 1: kill steps over --mem]
+#   _MIN_JOB_AGE [300] _MAX_ARRAY [1001] _MAX_JOBS [10000] _GRACE [5] _ACCT_FREQ [5] _OVERMEM [0; 1: kill steps over --mem]
 #   _KILL_INVALID_DEPEND [0] _LISTEN_ANY [0] _TIMEOUT [20] _EXTRA [file appended to slurm.conf]
 #   _TEMPLATE [slurm.conf.template beside this script]
 set -euo pipefail
@@ -163,7 +163,7 @@ write_conf() {
     -e "s|@NODES@|$nodes|g" -e "s|@CPUS@|$(opt CPUS 4)|g" -e "s|@MEM@|$(opt MEM 4000)|g" \
     -e "s|@CRED_EXPIRE@|$(opt CRED_EXPIRE 5)|g" -e "s|@KILL_WAIT@|$(opt KILL_WAIT 3)|g" \
     -e "s|@SLURMD_TIMEOUT@|$(opt SLURMD_TIMEOUT 10)|g" -e "s|@MIN_JOB_AGE@|$(opt MIN_JOB_AGE 300)|g" \
-    -e "s|@MAX_ARRAY@|$(opt MAX_ARRAY 1001)|g" -e "s|@GRACE@|$(opt GRACE 5)|g" -e "s|@ACCT_FREQ@|$(opt ACCT_FREQ 5)|g" \
+    -e "s|@MAX_ARRAY@|$(opt MAX_ARRAY 1001)|g" -e "s|@MAX_JOBS@|$(opt MAX_JOBS 10000)|g" -e "s|@GRACE@|$(opt GRACE 5)|g" -e "s|@ACCT_FREQ@|$(opt ACCT_FREQ 5)|g" \
     -e "s|@OVERMEM_LINE@|$overmem|g" -e "s|@DEPEND_LINE@|$depend|g" -e "s|@GRES_LINE@|$gres|g" \
     -e "s|@NODE_GRES@|$nodegres|g" -e "s|@OVERMEM@|OVERMEM=$(opt OVERMEM 0)|g" "$t" >"$DIR/slurm.conf.tmp"
   if [[ -n "$(opt EXTRA "")" ]]; then cat "$(opt EXTRA "")" >>"$DIR/slurm.conf.tmp"; fi
