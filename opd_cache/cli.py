@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
+from opd_cache.commands.gc import gc
 from opd_cache.commands.inspect import inspect
 from opd_cache.commands.query import export, query
 from opd_cache.commands.slurm import cancel, submit
@@ -359,11 +360,8 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-cli.add_command(query)
-cli.add_command(export)
-cli.add_command(inspect)
-cli.add_command(submit)
-cli.add_command(cancel)
+for command in (query, export, inspect, submit, cancel, gc):
+    cli.add_command(command)
 
 
 def main() -> None:
