@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 from slurm_cluster import PATH_OF_DAEMONS, PROGRAMS, Slurm
 
 
@@ -20,3 +21,16 @@ def slurm() -> Iterator[Slurm]:
     yield cluster
     cluster.sandbox("stop")
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def same_run_here(task: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run of the shared task by `opd-cache run` on this machine, with these settings."""
+
+    def make(*settings: str) -> Path:
+        folder = tmp_path / "here"
+        ended = run_command("run", str(task / "recipe.yaml"), f"run_dir={folder}", *settings)
+        assert ended.returncode == 0, ended.stderr
+        return folder
+
+    return make

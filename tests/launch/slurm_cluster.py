@@ -33,6 +33,10 @@ class Slurm:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
+    def attempt(self, *command: str | Path) -> None:
+        """A command that may come too late."""
+        subprocess.run([str(part) for part in command], env=self.environment, capture_output=True, timeout=60)
+
     def sandbox(self, verb: str, *arguments: str) -> None:
         subprocess.run([str(SANDBOX), verb, str(self.folder), *arguments], check=True, timeout=60)
 

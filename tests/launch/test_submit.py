@@ -1,17 +1,14 @@
 """Whole runs as chains of Slurm jobs, on a real Slurm."""
 
-import json
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import complete, data_files
 from slurm_cluster import Slurm
+from submitted import Submitted
 
 from opd_cache.recipes import load_recipe
 from opd_cache.run_dir import RunDir
@@ -46,67 +43,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on this machine, by `opd-cache run`."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [shutil.which("opd-cache") or "opd-cache", "run", f"{task}/recipe.yaml", f"run_dir={folder}", *SETTINGS]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def unpoisoned(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One episode with a reward, on this machine."""
     folder = tmp_path_factory.mktemp("unpoisoned") / "run"
     complete(load_recipe([str(task / "recipe.yaml"), f"run_dir={folder}", *SMALL, REWARD]))
     return folder
-
-
-class Submitted:
-    """A run that is submitted to a cluster, and the commands of a user who looks after it."""
-
-    def __init__(self, slurm: Slurm, recipe: Path, cluster: Path, run: Path, settings: tuple[str, ...]) -> None:
-        self.slurm, self.run = slurm, run
-        self.arguments = (str(recipe), str(cluster), f"run_dir={run}", *settings)
-
-    def command(self, *arguments: str, status: int = 0, **environment: str) -> str:
-        """Run `opd-cache ...`; its output, or its error where another status is expected."""
-        ended = subprocess.run(
-            ["opd-cache", *arguments],
-            env=self.slurm.environment | {"COLUMNS": "200"} | environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert ended.returncode == status, ended.stderr + ended.stdout
-        return ended.stderr if status else ended.stdout
-
-    def submit(self, *options: str, **environment: str) -> list[dict[str, Any]]:
-        """What was found and sent, by stage and episode."""
-        return json.loads(self.command("submit", *self.arguments, "--json", *options, **environment))["stages"]
-
-    def sent(self, *options: str, **environment: str) -> dict[str, str]:
-        """The array indices that were sent, by stage and episode."""
-        rows = self.submit(*options, **environment)
-        return {f"{row['stage']} {row['number']}": row["sent_tasks"] for row in rows if row["sent_tasks"]}
-
-    def status(self) -> list[dict[str, Any]]:
-        """The stages that are not done."""
-        return json.loads(self.command("status", str(self.run), "--json"))["slurm"]["stages"]
-
-    def queue(self) -> list[str]:
-        return self.slurm("squeue", "-h", "-o", "%j|%K|%T|%r").splitlines()
-
-    def wait(self, timeout_s: float = 300) -> None:
-        """Until no job is left."""
-        deadline = time.monotonic() + timeout_s
-        while (queue := self.queue()) and time.monotonic() < deadline:
-            time.sleep(0.3)
-        assert queue == []
-
-    def wait_for(self, text: str, timeout_s: float = 60) -> None:
-        """Until a line of the queue holds this."""
-        deadline = time.monotonic() + timeout_s
-        while not any(text in line for line in self.queue()):
-            assert time.monotonic() < deadline, self.queue()
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -117,7 +58,9 @@ def new_run(slurm: Slurm, task: Path, cluster: Path, tmp_path: Path) -> Callable
     return make
 
 
-def test_a_submitted_run_is_the_run_of_one_machine(new_run: Callable[..., Submitted], undisturbed: Path) -> None:
+def test_a_submitted_run_is_the_run_of_one_machine(
+    new_run: Callable[..., Submitted], same_run_here: Callable[..., Path]
+) -> None:
     """Arrays of four tasks for rollouts and scores, two ranks on two nodes, two episodes."""
     run = new_run()
     sent = run.submit()
@@ -127,7 +70,7 @@ def test_a_submitted_run_is_the_run_of_one_machine(new_run: Callable[..., Submit
     assert all(not row["sent_tasks"] for row in run.submit()), "all is queued"
     run.wait()
     assert run.status() == []
-    assert data_files(run.run) == data_files(undisturbed)
+    assert data_files(run.run) == data_files(same_run_here(*SETTINGS))
     assert run.submit() == []
 
 

@@ -120,13 +120,16 @@ def test_top_k_holds_the_likeliest_tokens_in_order_and_the_sampled_one_beside_th
         np.testing.assert_array_equal(listed, found.rank <= 5)
 
 
+@pytest.mark.parametrize("rows_of", [(7, 7), (7, 3), (1, 1)], ids=["chunks", "chunks_in_pieces", "rows"])
 def test_the_lm_head_in_small_chunks_changes_nothing(
-    teacher: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    teacher: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, rows_of: tuple[int, int]
 ) -> None:
     folder, _ = teacher
     rows = requests(with_bos=False)
     whole = score(folder, rows, top_k=3)
-    monkeypatch.setattr("opd_cache.score.scorers.hf.token_row_chunk", lambda vocab_size: 7)
+    for budget, size in zip(("LOGITS_BUDGET", "PIECE_BUDGET"), rows_of, strict=True):
+        monkeypatch.setattr(f"opd_cache.score.scorers.hf.{budget}", size)
+    monkeypatch.setattr("opd_cache.score.scorers.hf._rows_of", lambda budget, vocab_size: budget)
     for one, other in zip(whole, score(folder, rows, top_k=3), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
         np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
