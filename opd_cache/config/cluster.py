@@ -50,7 +50,7 @@ class Cluster:
     eval: JobOptions = option(JobOptions, "The evaluation job.")
     max_requeues: int = option(
         3,
-        "Starts after the first, for a stage that stops with exit status 75 (signals, full disks, a teacher that is away); preemptions and lost nodes count, too. 0: a person submits again.",
+        "Starts after the first, for a stage that stops with exit status 75 (signals, full disks, a teacher that is away) or loses a process to a signal (memory); preemptions and lost nodes count, too. 0: a person submits again.",
         min=0,
     )
     warning_s: int = option(

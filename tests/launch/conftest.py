@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_command
-from slurm_cluster import PATH_OF_DAEMONS, PROGRAMS, Slurm
+from slurm_cluster import PATH_OF_DAEMONS, PROGRAMS, TESTS, Slurm
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,10 @@ def same_run_here(task: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(*settings: str) -> Path:
         folder = tmp_path / "here"
-        ended = run_command("run", str(task / "recipe.yaml"), f"run_dir={folder}", *settings)
+        # Jobs find the tests' own samplers in the same way.
+        environment = os.environ | {"PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+        recipe = str(task / "recipe.yaml")
+        ended = run_command("run", recipe, f"run_dir={folder}", *settings, env=environment)
         assert ended.returncode == 0, ended.stderr
         return folder
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-SANDBOX = Path(__file__).parents[2] / "tools/slurm/sandbox.sh"
+TESTS = Path(__file__).parents[1]
+SANDBOX = TESTS.parent / "tools/slurm/sandbox.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PATH_OF_DAEMONS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -22,7 +23,7 @@ class Slurm:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{PATH_OF_DAEMONS}",
             # Jobs use rewards and samplers of the tests' own.
-            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
         }
 
     def __call__(self, *command: str | Path) -> str:

@@ -70,6 +70,7 @@ class DeepSpeedEngine:
         self._adam = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=betas, eps=options.adam_epsilon, fused=True
         )
+        os.environ["LOCAL_RANK"] = str(self.ranks.local_rank)  # srun does not say it under this name
         self._engine, *_ = deepspeed.initialize(model=student, optimizer=self._adam, config=self._deepspeed_config())
         for flat in self._flat_parameters():
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
