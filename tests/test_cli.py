@@ -150,7 +150,7 @@ finally:
         (["query", "--help"], set()),
         (["inspect", "RUN"], {"duckdb", "pyarrow", "numpy"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
 )
 def test_light_commands_load_no_heavy_package(arguments: list[str], allowed: set[str], finished_run: Run) -> None:
     command = [str(finished_run.dir.path) if argument == "RUN" else argument for argument in arguments]

@@ -145,6 +145,16 @@ def test_a_waiting_stage_is_told_of_the_jobs_that_now_make_its_input(new_run: Ca
     run.wait(30)
 
 
+@pytest.mark.parametrize(("lookahead", "upstream"), [(0, "learn 1"), (1, "learn 0")])
+def test_a_rollout_waits_for_the_policy_that_samples_it(
+    new_run: Callable[..., Submitted], lookahead: int, upstream: str
+) -> None:
+    run = new_run("num_episodes=3", f"pipeline.lookahead={lookahead}", *SMALL[1:])
+    lines = run.command("submit", *run.arguments, "--dry-run").splitlines()
+    (rollout,) = [line for line in lines if line.startswith("sbatch") and ".rollout.2." in line]
+    assert f"--dependency=afterok:<{upstream}> " in rollout
+
+
 def test_the_five_mistakes_of_a_newcomer_are_one_line_each(new_run: Callable[..., Submitted], task: Path) -> None:
     run = new_run(*SMALL)
     recipe = str(task / "recipe.yaml")
