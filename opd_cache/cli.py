@@ -284,7 +284,9 @@ def _print_summary(path: Path) -> None:
         console.print(f"  {command}", soft_wrap=True, highlight=False)
 
 
-@cli.command(epilog="What can be changed: learn.* and torch_threads. The teacher is not needed, nor the sampler.")
+@cli.command(
+    epilog="What can be changed: learn.*, health.* and torch_threads. The teacher is not needed, nor the sampler."
+)
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[learn.key=value...]")
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="The new run directory.")

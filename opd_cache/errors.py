@@ -65,6 +65,12 @@ class TryAgainError(OpdCacheError):
     exit_status = 75
 
 
+class UnhealthyError(OpdCacheError):
+    """A figure that health.fail_on names is beyond its threshold: before it goes on, somebody has to look."""
+
+    exit_status = 3
+
+
 class FirstRankFailedError(OpdCacheError):
     """The first rank of several has failed and says why; this one ends with it, in silence."""
 

@@ -38,6 +38,11 @@ class Rollout:
     topk_logprobs: Float32Array | None = None  # [R, K], at temperature 1 without cuts
 
     @property
+    def student_logprobs(self) -> Float32Array:
+        """[R], of the student that sampled, at temperature 1 without cuts."""
+        return self.sampling_logprobs if self.raw_logprobs is None else self.raw_logprobs
+
+    @property
     def ids_hash(self) -> int:
         """64-bit hash of the prompt's and the response's ids, which the score row must repeat."""
         return hash_ids(self.prompt_ids, self.response_ids)

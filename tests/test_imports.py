@@ -33,6 +33,7 @@ LIGHT = (
     "errors.py",
     "fingerprint.py",
     "grade.py",
+    "health/",
     "inspection/",
     "limits.py",
     "logs.py",

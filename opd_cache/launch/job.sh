@@ -35,7 +35,8 @@ status=$?
 [[ $status -eq 0 ]] && exit 0
 echo "$(date +%T) {{stage}} $number ended with status $status on $(hostname)"
 
-if [[ ($status -eq 75 || -n $warned) && -z $ended && ${SLURM_RESTART_COUNT:-0} -lt {{max_requeues}} ]] &&
+# 3: stopped by health.fail_on. To queue that again would find the same.
+if [[ ($status -eq 75 || -n $warned) && $status -ne 3 && -z $ended && ${SLURM_RESTART_COUNT:-0} -lt {{max_requeues}} ]] &&
   [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
   echo "$(date +%T) queued again, after ${SLURM_RESTART_COUNT:-0} of at most {{max_requeues}} times"
   trap 'exit 75' TERM

@@ -95,9 +95,7 @@ class Trainer:
         forward pass, so the same for every micro-batch size and number of ranks."""
         if not rows or not self.config.loss.normalize_advantages:
             return 0.0, 1.0
-        sampled = [
-            rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs for rollout, _ in rows
-        ]
+        sampled = [rollout.student_logprobs for rollout, _ in rows]
         advantages_N, _ = token_advantages(
             torch.from_numpy(np.concatenate([score.teacher_logprobs for _, score in rows])).double(),
             torch.from_numpy(np.concatenate(sampled)).double(),
