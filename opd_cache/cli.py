@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
+from opd_cache.commands.export import export
 from opd_cache.commands.gc import gc
 from opd_cache.commands.inspect import inspect
-from opd_cache.commands.query import export, query
+from opd_cache.commands.query import query
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 

@@ -212,6 +212,31 @@ TOKENS = (
     Column("topk_logprobs", list_of(pa.float32()), "The teacher's log-probs of them.", nullable=True),
 )
 
+EXPORTED = (
+    Column("episode", pa.int32(), "Episode of the rollout."),
+    Column("rollout_id", pa.string(), "The rollout."),
+    Column("teacher", pa.string(), "Whose scores; null where it has none yet. One row a teacher.", nullable=True),
+    Column("prompt_id", pa.string(), "The id of the prompt in its source."),
+    Column("prompt_index", pa.int32(), "Row of the run's prompts."),
+    Column("sample_index", pa.int32(), "Which sample of the prompt."),
+    Column("policy_version", pa.int32(), "The student that sampled: after that many episodes."),
+    Column("prompt", pa.string(), "Text of the prompt; chat messages as JSON."),
+    Column("response", pa.string(), "The tokens' texts joined; characters that several tokens share show as �."),
+    Column("answer", pa.string(), "Expected answer, where the source has one.", nullable=True),
+    Column("finish_reason", pa.string(), "`stop`: the last token is an EOS. `length`: cut."),
+    Column("reward", pa.float32(), "Task reward; null where there is none.", nullable=True),
+    Column("error", pa.string(), "Why the teacher could not score it.", nullable=True),
+    Column("prompt_ids", list_of(pa.int32()), "Token ids of the prompt, as the student saw it."),
+    Column("response_ids", list_of(pa.int32()), "Token ids of the response."),
+    Column("sampling_logprobs", list_of(pa.float32()), "Student's log-prob of each response id as sampled, nats."),
+    Column("student_logprobs", list_of(pa.float32()), "The same at temperature 1 without cuts."),
+    Column("teacher_logprobs", list_of(pa.float32()), "Teacher's log-prob of each scored response id, nats."),
+    Column("teacher_rank", list_of(pa.int32()), "1 is the teacher's likeliest token, 0 unknown."),
+    Column("top_k", pa.int32(), "Listed ids a scored token; 0 for none."),
+    Column("topk_ids", list_of(pa.int32()), "Flat: top_k ids a scored token."),
+    Column("topk_logprobs", list_of(pa.float32()), "Their log-probs by the teacher."),
+)
+
 SHARDS = (
     Column("stage", pa.string(), "`rollout` or `score`."),
     Column("scope", pa.string(), "The episode, or `SUBJECT-MODE` of an evaluation."),

@@ -31,6 +31,7 @@ LIGHT = (
     "commands/",
     "config/",
     "errors.py",
+    "exports/",
     "fingerprint.py",
     "grade.py",
     "health/",

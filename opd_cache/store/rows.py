@@ -55,7 +55,7 @@ def rollout_batch(rows: Sequence[Rollout], table_schema: pa.Schema) -> pa.Record
         "student_topk_ids": [_flat(r.topk_ids) for r in rows],
         "student_topk_logprobs": [_flat(r.topk_logprobs) for r in rows],
     }
-    return _record_batch(columns, table_schema)
+    return record_batch(columns, table_schema)
 
 
 def score_batch(rows: Sequence[Score], table_schema: pa.Schema) -> pa.RecordBatch:
@@ -70,14 +70,15 @@ def score_batch(rows: Sequence[Score], table_schema: pa.Schema) -> pa.RecordBatc
         "topk_ids": [s.topk_ids.reshape(-1) for s in rows],
         "topk_logprobs": [s.topk_logprobs.reshape(-1) for s in rows],
     }
-    return _record_batch(columns, table_schema)
+    return record_batch(columns, table_schema)
 
 
 def _flat(values_RK: npt.NDArray | None) -> npt.NDArray | None:
     return None if values_RK is None else values_RK.reshape(-1)
 
 
-def _record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
+def record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
+    """Values by column, of list columns one array a row, in the order and the types of a schema."""
     arrays = [
         _list_array(list(columns[field.name]), field.type)
         if pa.types.is_list(field.type)

@@ -99,7 +99,7 @@ def test_learning_is_measured_by_its_steps_and_by_the_first_episodes() -> None:
     [
         ("truncated_share", 0.5, 0.51), ("empty_share", 0.05, 0.06), ("eos_share", 0.01, 0.0),
         ("loop_share", 0.1, 0.11), ("unlikely_share", 0.02, 0.03), ("advantage_low", -4.0, -4.1),
-        ("advantage_high", 0.1, 0.2), ("ess", 0.5, 0.4), ("entropy_ratio", 0.1, 0.09),
+        ("advantage_high", 0.1, 0.2), ("ess", 0.5, 0.4), ("entropy_ratio", 0.02, 0.01),
     ],
 )  # fmt: skip
 def test_a_figure_beyond_its_default_threshold_is_found(name: str, good: float, bad: float) -> None:
