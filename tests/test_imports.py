@@ -21,6 +21,7 @@ HOMES = {
     "vllm": ("vllm_engine.py",),
     "httpx": ("score/scorers/",),
     "datasets": (),
+    "matplotlib": ("plots/draw.py",),
 }
 # These serve --help, config, status, query and every other module: nothing heavy, not even by way of another module.
 LIGHT = (
@@ -40,6 +41,8 @@ LIGHT = (
     "logs.py",
     "notes.py",
     "pipeline.py",
+    "plots/__init__.py",
+    "plots/data.py",
     "registry.py",
     "replay.py",
     "run.py",
@@ -55,7 +58,7 @@ LIGHT = (
     "queries/",
     "store/",
 )
-HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets"}
+HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets", "matplotlib"}
 
 
 class Import(NamedTuple):
