@@ -15,6 +15,7 @@ import click
 from opd_cache import __version__
 from opd_cache.commands.export import export
 from opd_cache.commands.gc import gc
+from opd_cache.commands.import_ import import_rollouts
 from opd_cache.commands.inspect import inspect
 from opd_cache.commands.plot import plot
 from opd_cache.commands.query import query
@@ -364,7 +365,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-for command in (query, plot, export, inspect, submit, cancel, gc):
+for command in (query, plot, export, import_rollouts, inspect, submit, cancel, gc):
     cli.add_command(command)
 
 

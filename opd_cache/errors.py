@@ -27,6 +27,10 @@ class PromptError(OpdCacheError, ValueError):
     """A prompts file with a line that cannot be used."""
 
 
+class RolloutFileError(OpdCacheError, ValueError):
+    """A file of outside rollouts with a row that cannot be used."""
+
+
 class ModelError(OpdCacheError, ValueError):
     """A model or tokenizer that is missing, unreadable or unfit for its role."""
 

@@ -36,6 +36,7 @@ LIGHT = (
     "fingerprint.py",
     "grade.py",
     "health/",
+    "imports/",
     "inspection/",
     "limits.py",
     "logs.py",

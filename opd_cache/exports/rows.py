@@ -135,8 +135,9 @@ def _batch(rows: list[tuple[Rollout, Score]], piece: Piece, known: dict[int, dic
         "error": [s.error for s in scores],
         "prompt_ids": [r.prompt_ids for r in rollouts],
         "response_ids": [r.response_ids for r in rollouts],
-        "sampling_logprobs": [r.sampling_logprobs for r in rollouts],
-        "student_logprobs": [r.student_logprobs for r in rollouts],
+        "sampling_logprobs": [_present(r.sampling_logprobs) for r in rollouts],
+        "student_logprobs": [_present(r.student_logprobs) for r in rollouts],
+        "loss_mask": [_present(r.loss_mask) for r in rollouts],
         "teacher_logprobs": [s.teacher_logprobs for s in scores],
         "teacher_rank": [s.teacher_rank for s in scores],
         "top_k": [s.topk_ids.shape[1] for s in scores],
@@ -144,6 +145,10 @@ def _batch(rows: list[tuple[Rollout, Score]], piece: Piece, known: dict[int, dic
         "topk_logprobs": [s.topk_logprobs.reshape(-1) for s in scores],
     }
     return record_batch(columns, SCHEMA)
+
+
+def _present(values: np.ndarray | None) -> np.ndarray:
+    return np.zeros(0, np.float32) if values is None else values
 
 
 def _text(rollout: Rollout, texts: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd_cache.types import Int32Array, Rollout, Score
+from opd_cache.types import Float32Array, Int32Array, Rollout, Score
 
 # A response ends in a loop when it was cut and its last so many tokens stand in it so many times or more. One that ends
 # with an EOS has found out of it by itself; to look at those, too, costs more than all other figures together.
@@ -43,23 +43,32 @@ def ends_in_a_loop(response_ids: Int32Array) -> bool:
 def score_figures(rollouts: Sequence[Rollout], scores: Sequence[Score], first_token: int = 0) -> dict[str, float]:
     """Scored tokens, those that the teacher finds all but impossible, and the sum of teacher − student log-prob.
 
-    first_token: of the responses that the scores begin at. A row without scores adds nothing.
+    first_token: of the responses that the scores begin at. A row without scores adds nothing, nor does a token that the
+    student did not sample; where its log-probs are not known, none is compared.
     """
     if not rollouts:
         return {}
-    teacher = np.concatenate([score.teacher_logprobs for score in scores])
-    student = np.concatenate(
-        [
-            rollout.student_logprobs[first_token : first_token + len(score.teacher_logprobs)]
-            for rollout, score in zip(rollouts, scores, strict=True)
-        ]
+    pairs = list(zip(rollouts, scores, strict=True))
+    teacher = np.concatenate(
+        [_sampled(score.teacher_logprobs, rollout, score, first_token, 0) for rollout, score in pairs]
     )
     unlikely = int(np.count_nonzero(teacher < np.float32(UNLIKELY_LOGPROB)))
+    found = {"scored_tokens": len(teacher), "unlikely_tokens": unlikely, "compared_tokens": 0, "advantage_sum": 0.0}
+    known = [rollout.student_logprobs for rollout in rollouts]
+    if any(values is None for values in known):
+        return found
+    student = np.concatenate(
+        [_sampled(values, *pair, first_token, first_token) for values, pair in zip(known, pairs, strict=True)]
+    )
     for logprobs in (teacher, student):
         np.maximum(logprobs, np.float32(LEAST_LOGPROB), out=logprobs)
-    return {
-        "scored_tokens": len(teacher),
-        "unlikely_tokens": unlikely,
-        "compared_tokens": len(student),
-        "advantage_sum": float(np.subtract(teacher, student, out=teacher).sum(dtype=np.float64)),
-    }
+    advantage = float(np.subtract(teacher, student, out=teacher).sum(dtype=np.float64))
+    return {**found, "compared_tokens": len(student), "advantage_sum": advantage}
+
+
+def _sampled(values: Float32Array | None, rollout: Rollout, score: Score, first_token: int, start: int) -> Float32Array:
+    """Of the row's scored tokens that the student sampled, the values, the first of which is at `start`."""
+    count = len(score.teacher_logprobs)
+    assert values is not None, "the caller has looked"
+    scored = values[start : start + count]
+    return scored if rollout.loss_mask is None else scored[rollout.loss_mask[first_token : first_token + count]]

@@ -88,6 +88,10 @@ def positions(chosen: Chosen) -> Positions:
     sql = """SELECT episode, (position // ?) AS bin, -avg(advantage), count(advantage) FROM tokens
         WHERE teacher = ? AND advantage IS NOT NULL AND list_contains(?, episode) GROUP BY 1, 2 ORDER BY 1, 2"""
     rows = _rows(connection, sql, width, teacher, episodes)
+    if not rows:
+        raise MissingInputError(
+            f"{chosen.path}: its rollouts were imported without the student's log-probs, so that there is no reverse KL to draw."
+        )
     enough = MIN_SHARE * max((count for *_, count in rows), default=0)
     lines: dict[int, list[tuple[float, float]]] = {}
     for episode, place, value, count in rows:
