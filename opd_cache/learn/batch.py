@@ -53,16 +53,16 @@ def global_batches(rows: Iterable[Joined], sizes: Iterable[int]) -> Iterator[lis
 def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]:
     """The rows that carry loss, as far as they are scored: not dropped, not empty and, where asked for, not truncated."""
     return [
-        (_scored_tokens(rollout, score), score)
+        (scored_tokens(rollout, score), score)
         for rollout, score in batch
         if score.error is None
         and not score.is_dropped
-        and _scored_tokens(rollout, score).num_loss_tokens > 0
+        and scored_tokens(rollout, score).num_loss_tokens > 0
         and not (mask_truncated and rollout.finish_reason == "length")
     ]
 
 
-def _scored_tokens(rollout: Rollout, score: Score) -> Rollout:
+def scored_tokens(rollout: Rollout, score: Score) -> Rollout:
     """The rollout up to the last token with a score: what comes behind has no loss, and changes nothing before it."""
     count = len(score.teacher_logprobs)
     if count == len(rollout.response_ids):

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from opd_cache import registry
 from opd_cache.errors import FirstRankFailedError, TryAgainError
-from opd_cache.learn.batch import global_batches, micro_batches
+from opd_cache.learn.batch import global_batches, micro_batches, scored_tokens
 from opd_cache.learn.checkpoint import (
     STEPS,
     TRAINER,
@@ -243,7 +243,7 @@ def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
     rows = (row for row in planned_rows(lesson.sources, 1, 0) if len(row[0].response_ids) and row[1].error is None)
     if (row := next(rows, None)) is None:
         return None
-    rollout = replace(row[0], loss_mask=None)
+    rollout = replace(scored_tokens(*row), loss_mask=None)
     (batch,) = micro_batches([(rollout, row[1])], [0.0], max_tokens=1)
     return {
         "prompt_ids": rollout.prompt_ids.tolist(),
