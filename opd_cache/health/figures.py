@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd_cache.types import Float32Array, Int32Array, Rollout, Score
+from opd_cache.types import BoolArray, Int32Array, Rollout, Score
 
 # A response ends in a loop when it was cut and its last so many tokens stand in it so many times or more. One that ends
 # with an EOS has found out of it by itself; to look at those, too, costs more than all other figures together.
@@ -48,27 +48,36 @@ def score_figures(rollouts: Sequence[Rollout], scores: Sequence[Score], first_to
     """
     if not rollouts:
         return {}
-    pairs = list(zip(rollouts, scores, strict=True))
-    teacher = np.concatenate(
-        [_sampled(score.teacher_logprobs, rollout, score, first_token, 0) for rollout, score in pairs]
-    )
+    counts = [len(score.teacher_logprobs) for score in scores]
+    places = [slice(first_token, first_token + count) for count in counts]
+    teacher = np.concatenate([score.teacher_logprobs for score in scores])
+    is_sampled = _sampled(rollouts, places, counts)
+    if is_sampled is not None:
+        teacher = teacher[is_sampled]
     unlikely = int(np.count_nonzero(teacher < np.float32(UNLIKELY_LOGPROB)))
     found = {"scored_tokens": len(teacher), "unlikely_tokens": unlikely, "compared_tokens": 0, "advantage_sum": 0.0}
-    known = [rollout.student_logprobs for rollout in rollouts]
-    if any(values is None for values in known):
+    known = [
+        values[place]
+        for values, place in zip((rollout.student_logprobs for rollout in rollouts), places, strict=True)
+        if values is not None
+    ]
+    if len(known) < len(rollouts):
         return found
-    student = np.concatenate(
-        [_sampled(values, *pair, first_token, first_token) for values, pair in zip(known, pairs, strict=True)]
-    )
+    student = np.concatenate(known)
+    if is_sampled is not None:
+        student = student[is_sampled]
     for logprobs in (teacher, student):
         np.maximum(logprobs, np.float32(LEAST_LOGPROB), out=logprobs)
     advantage = float(np.subtract(teacher, student, out=teacher).sum(dtype=np.float64))
     return {**found, "compared_tokens": len(student), "advantage_sum": advantage}
 
 
-def _sampled(values: Float32Array | None, rollout: Rollout, score: Score, first_token: int, start: int) -> Float32Array:
-    """Of the row's scored tokens that the student sampled, the values, the first of which is at `start`."""
-    count = len(score.teacher_logprobs)
-    assert values is not None, "the caller has looked"
-    scored = values[start : start + count]
-    return scored if rollout.loss_mask is None else scored[rollout.loss_mask[first_token : first_token + count]]
+def _sampled(rollouts: Sequence[Rollout], places: Sequence[slice], counts: Sequence[int]) -> BoolArray | None:
+    """Of the rows' scored tokens, one behind the other, which the student sampled; None where it sampled all."""
+    if all(rollout.loss_mask is None for rollout in rollouts):
+        return None
+    masks = [
+        np.ones(count, np.bool_) if rollout.loss_mask is None else rollout.loss_mask[place]
+        for rollout, place, count in zip(rollouts, places, counts, strict=True)
+    ]
+    return np.concatenate(masks)

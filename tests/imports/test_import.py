@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import STOP_IDS, data_files, run_command, write_jsonl
+from helpers import STOP_IDS, complete, data_files, run_command, write_jsonl
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError, RolloutFileError
@@ -84,21 +84,22 @@ def test_an_imported_copy_of_a_run_trains_to_the_same_weights(
         assert weights(tmp_path / name) == weights(tmp_path / "ours") != {}
 
 
-def test_the_command_takes_files_in_and_a_run_goes_on_from_them(finished_run: Run, task: Path, tmp_path: Path) -> None:
+def test_the_command_takes_files_in_and_a_run_goes_on_from_them(
+    finished_run: Run, make_recipe: Callable[..., Recipe], task: Path, tmp_path: Path
+) -> None:
     shards = sorted((finished_run.dir.path / "episode=0/rollouts").glob("shard*"))
-    recipe = (str(task / "recipe.yaml"), f"run_dir={tmp_path}/run", NO_EVAL, "num_episodes=1")
-    done = run_command("import", *recipe, *shards, "--episode", "0")
+    settings = (NO_EVAL, "num_episodes=1")
+    done = run_command("import", task / "recipe.yaml", f"run_dir={tmp_path}/run", *settings, *shards, "--episode", "0")
     assert done.returncode == 0, done.stderr
     seal = json.loads((tmp_path / "run/episode=0/rollouts/_SEALED.json").read_text())
     assert (seal["sampler"], seal["policy"], seal["rows"]) == ("imported", "imported", 24)
     assert [one["name"] for one in seal["imported"]["files"]] == [path.name for path in shards]
+    run = open_run(make_recipe(tmp_path / "run", *settings))
     # The same again is done already; other files are another import.
-    assert run_command("import", *recipe, *shards, "--episode", "0").returncode == 0
-    done = run_command("import", *recipe, shards[0], "--episode", "0")
-    assert (done.returncode, "MismatchError" in done.stderr) == (2, True)
-    done = run_command("run", *recipe)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/episode=0/policy/_COMPLETE.json").exists()
+    assert import_episode(run, 0, shards, "auto")
+    with pytest.raises(MismatchError, match=r"Move .*episode=0 away to import the episode again"):
+        import_episode(run, 0, shards[:1], "auto")
+    assert complete(run.recipe).has_policy(1)
 
 
 def test_files_that_are_none_are_refused(task: Path, tmp_path: Path) -> None:
