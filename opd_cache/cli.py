@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
+from opd_cache.commands.export import export
 from opd_cache.commands.gc import gc
+from opd_cache.commands.import_ import import_rollouts
 from opd_cache.commands.inspect import inspect
-from opd_cache.commands.query import export, query
+from opd_cache.commands.plot import plot
+from opd_cache.commands.query import query
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 
@@ -284,7 +287,9 @@ def _print_summary(path: Path) -> None:
         console.print(f"  {command}", soft_wrap=True, highlight=False)
 
 
-@cli.command(epilog="What can be changed: learn.* and torch_threads. The teacher is not needed, nor the sampler.")
+@cli.command(
+    epilog="What can be changed: learn.*, health.* and torch_threads. The teacher is not needed, nor the sampler."
+)
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[learn.key=value...]")
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="The new run directory.")
@@ -360,7 +365,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-for command in (query, export, inspect, submit, cancel, gc):
+for command in (query, plot, export, import_rollouts, inspect, submit, cancel, gc):
     cli.add_command(command)
 
 

@@ -27,6 +27,10 @@ class PromptError(OpdCacheError, ValueError):
     """A prompts file with a line that cannot be used."""
 
 
+class RolloutFileError(OpdCacheError, ValueError):
+    """A file of outside rollouts with a row that cannot be used."""
+
+
 class ModelError(OpdCacheError, ValueError):
     """A model or tokenizer that is missing, unreadable or unfit for its role."""
 
@@ -63,6 +67,12 @@ class TryAgainError(OpdCacheError):
     """Nothing is wrong with the request; the same command may succeed later (full disk, busy server)."""
 
     exit_status = 75
+
+
+class UnhealthyError(OpdCacheError):
+    """A figure that health.fail_on names is beyond its threshold: before it goes on, somebody has to look."""
+
+    exit_status = 3
 
 
 class FirstRankFailedError(OpdCacheError):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from opd_cache.health.stage import check_stage
 from opd_cache.run import Run
 
 # Runs one stage of one episode to its end. For "eval" the number is the policy version.
@@ -76,15 +77,19 @@ class InlineStages:
     def rollout(self, episode: int, **share: Any) -> bool:
         from opd_cache.rollout.stage import rollout_episode
 
-        return rollout_episode(self.run, episode, self.sampler, **share)
+        if (version := self.run.recipe.sampling_version(episode)) > 0:
+            self._check("learn", version - 1)
+        return self._checked(rollout_episode(self.run, episode, self.sampler, **share), "rollout", episode)
 
     def score(self, episode: int, **share: Any) -> bool:
         from opd_cache.score.stage import score_episode
 
+        self._check("rollout", episode)
         names, sealed = self.run.recipe.teachers_to_score(), []
         version = self.run.recipe.sampling_version(episode)
         for name in names:
-            sealed.append(score_episode(self.run, episode, name, self.scorer(name, version), **share))
+            is_sealed = score_episode(self.run, episode, name, self.scorer(name, version), **share)
+            sealed.append(self._checked(is_sealed, "score", episode, name))
             if len(names) > 1:
                 self._let_go(name)  # one teacher at a time is in memory
         return all(sealed)
@@ -92,7 +97,21 @@ class InlineStages:
     def learn(self, episode: int) -> bool:
         from opd_cache.learn.stage import learn_episode
 
-        return learn_episode(self.run, episode, self.engine, self.ranks)
+        for name in self.run.recipe.learning_teachers():
+            self._check("score", episode, name)
+        if episode > 0:
+            self._check("learn", episode - 1)
+        return self._checked(learn_episode(self.run, episode, self.engine, self.ranks), "learn", episode)
+
+    def _checked(self, is_complete: bool, stage: str, episode: int, teacher: str | None = None) -> bool:
+        """is_complete, with a look at the stage's health where it is."""
+        if is_complete:
+            self._check(stage, episode, teacher)
+        return is_complete
+
+    def _check(self, stage: str, episode: int, teacher: str | None = None) -> None:
+        """On the first rank; the others end with it. Raises UnhealthyError."""
+        self.ranks.from_first(lambda: check_stage(self.run.dir, self.run.recipe, stage, episode, teacher))
 
     def eval(self, version: int) -> None:
         from opd_cache.evals.stage import evaluate_policy, evaluate_teacher

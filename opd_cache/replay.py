@@ -33,8 +33,8 @@ from opd_cache.store.publish import (
 )
 
 EPISODES = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
-# Settings that may differ from one start of a replay to the next: they change memory, speed and safety.
-FREE_KEYS = ("torch_threads", *(f"learn.{name}" for name in NOT_IN_THE_PLAN))
+# Settings that may differ from one start of a replay to the next: they change memory, speed, safety and warnings.
+FREE_KEYS = ("torch_threads", "health", *(f"learn.{name}" for name in NOT_IN_THE_PLAN))
 CHOOSES_TEACHERS = ("learn.teacher", "learn.routes")  # as overrides begin
 
 
@@ -127,9 +127,9 @@ def _check_place(source: Path, into: Path) -> None:
 def _recipe(source: RunDir, identity: dict[str, Any], into: Path, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         key, is_set, _ = override.partition("=")
-        if is_set and not key.startswith("learn.") and key != "torch_threads":
+        if is_set and not key.startswith(("learn.", "health.")) and key != "torch_threads":
             raise ConfigError(
-                f"{key}: a replay changes only learn.* and torch_threads; all else is as in {source.path}. ({override})"
+                f"{key}: a replay changes only learn.*, health.* and torch_threads; all else is as in {source.path}. ({override})"
             )
     content = {**identity["recipe"], "run_dir": str(into)}
     if any(override.startswith(CHOOSES_TEACHERS) for override in overrides):

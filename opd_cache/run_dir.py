@@ -141,6 +141,14 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    def health_note(self, episode: int, stage: str, teacher: str | None = None) -> Path:
+        """What the figures of a complete stage say, and what was warned of."""
+        name = stage if teacher is None else f"{stage}-teacher={teacher}"
+        return self.log_folder("health", f"episode={episode}") / f"{name}.json"
+
+    def health_notes(self) -> list[Path]:
+        return sorted(self.logs.glob("health/episode=*/*.json"))
+
     def log_folder(self, stage: str, log_name: str) -> Path:
         return self.logs / stage / log_name
 

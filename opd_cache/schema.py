@@ -55,7 +55,12 @@ ROLLOUTS = (
     Column("ids_hash", pa.uint64(), "xxh3-64 of prompt_ids and response_ids; the score row repeats it."),
     Column("prompt_ids", list_of(pa.int32()), "Token ids of the prompt."),
     Column("response_ids", list_of(pa.int32()), "Token ids of the response."),
-    Column("sampling_logprobs", list_of(pa.float32()), "Student's log-prob of each response id as sampled, nats."),
+    Column(
+        "sampling_logprobs",
+        list_of(pa.float32()),
+        "Student's log-prob of each response id as sampled, nats. Absent only of imported rollouts that came without.",
+        True,
+    ),
     Column(
         "raw_logprobs",
         list_of(pa.float32()),
@@ -70,6 +75,12 @@ ROLLOUTS = (
         True,
     ),
     Column("student_topk_logprobs", list_of(pa.float32()), "Their log-probs at temperature 1 without cuts.", True),
+    Column(
+        "loss_mask",
+        list_of(pa.bool_()),
+        "Of imported rollouts of several turns: which response ids the student sampled. The others are read, and learned from never.",
+        True,
+    ),
 )
 
 SCORES = (
@@ -110,9 +121,19 @@ STEPS = (
     Column("reverse_kl", pa.float64(), "Mean of student − teacher log-prob of the sampled tokens, nats."),
     Column("reverse_kl_p50", pa.float64(), "Median over tokens."),
     Column("reverse_kl_p99", pa.float64(), "99th percentile over tokens."),
-    Column("ratio_mean", pa.float64(), "Mean of live student ÷ sampler probability."),
-    Column("ratio_max", pa.float64(), "Its largest value."),
-    Column("ess", pa.float64(), "Effective sample size of the ratios ÷ tokens, (Σr)² / (n Σr²): 1 on-policy."),
+    Column(
+        "ratio_mean",
+        pa.float64(),
+        "Mean of live student ÷ sampler probability; null where the sampler's is not known of any token.",
+        nullable=True,
+    ),
+    Column("ratio_max", pa.float64(), "Its largest value.", nullable=True),
+    Column(
+        "ess",
+        pa.float64(),
+        "Effective sample size of the ratios ÷ tokens, (Σr)² / (n Σr²): 1 on-policy.",
+        nullable=True,
+    ),
     Column(
         "clipped_share", pa.float64(), "Share of tokens whose gradient a ratio clip, cap or gate removed or capped."
     ),
@@ -161,7 +182,9 @@ SAMPLES = (
     Column("num_prompt_tokens", pa.int32(), "Length of the prompt."),
     Column("num_response_tokens", pa.int32(), "Length of the response."),
     Column(
-        "num_scored_tokens", pa.int32(), "How many of them are scored, from the first: all but for a horizon or error."
+        "num_scored_tokens",
+        pa.int32(),
+        "How many of them are scored, from the first: all but for a horizon or error, and those that a loss_mask leaves out.",
     ),
     Column("finish_reason", pa.string(), "`stop` or `length`."),
     Column("reward", pa.float32(), "Task reward; null where there is none.", nullable=True),
@@ -193,13 +216,22 @@ TOKENS = (
     Column("finish_reason", pa.string(), "`stop`: the last token is an EOS. `length`: cut."),
     Column("position", pa.int32(), "Place in the response; 0 is the first."),
     Column("token_id", pa.int32(), "response_ids at that place."),
+    Column("is_sampled", pa.bool_(), "False where a loss_mask says that the student did not sample it."),
     Column("text", pa.string(), "The token decoded on its own.", nullable=True),
-    Column("sampling_logprob", pa.float32(), "Student's log-prob as sampled, nats."),
+    Column("sampling_logprob", pa.float32(), "Student's log-prob as sampled, nats.", nullable=True),
     Column(
-        "student_logprob", pa.float32(), "The same at temperature 1 without cuts (raw_logprobs, where they differ)."
+        "student_logprob",
+        pa.float32(),
+        "The same at temperature 1 without cuts (raw_logprobs, where they differ).",
+        nullable=True,
     ),
     Column("teacher_logprob", pa.float32(), "Teacher's log-prob; null where it is not scored.", nullable=True),
-    Column("advantage", pa.float32(), "teacher_logprob − student_logprob.", nullable=True),
+    Column(
+        "advantage",
+        pa.float32(),
+        "teacher_logprob − student_logprob; null where the student did not sample.",
+        nullable=True,
+    ),
     Column("teacher_rank", pa.int32(), "1 is the teacher's likeliest token, 0 unknown.", nullable=True),
     Column(
         "teacher_entropy",
@@ -210,6 +242,32 @@ TOKENS = (
     Column("is_in_topk", pa.bool_(), "Whether the token is one of the listed ids.", nullable=True),
     Column("topk_ids", list_of(pa.int32()), "The k listed ids of this place, as in scores.", nullable=True),
     Column("topk_logprobs", list_of(pa.float32()), "The teacher's log-probs of them.", nullable=True),
+)
+
+EXPORTED = (
+    Column("episode", pa.int32(), "Episode of the rollout."),
+    Column("rollout_id", pa.string(), "The rollout."),
+    Column("teacher", pa.string(), "Whose scores; null where it has none yet. One row a teacher.", nullable=True),
+    Column("prompt_id", pa.string(), "The id of the prompt in its source."),
+    Column("prompt_index", pa.int32(), "Row of the run's prompts."),
+    Column("sample_index", pa.int32(), "Which sample of the prompt."),
+    Column("policy_version", pa.int32(), "The student that sampled: after that many episodes."),
+    Column("prompt", pa.string(), "Text of the prompt; chat messages as JSON."),
+    Column("response", pa.string(), "The tokens' texts joined; characters that several tokens share show as �."),
+    Column("answer", pa.string(), "Expected answer, where the source has one.", nullable=True),
+    Column("finish_reason", pa.string(), "`stop`: the last token is an EOS. `length`: cut."),
+    Column("reward", pa.float32(), "Task reward; null where there is none.", nullable=True),
+    Column("error", pa.string(), "Why the teacher could not score it.", nullable=True),
+    Column("prompt_ids", list_of(pa.int32()), "Token ids of the prompt, as the student saw it."),
+    Column("response_ids", list_of(pa.int32()), "Token ids of the response."),
+    Column("sampling_logprobs", list_of(pa.float32()), "Student's log-prob of each response id as sampled, nats."),
+    Column("student_logprobs", list_of(pa.float32()), "The same at temperature 1 without cuts."),
+    Column("loss_mask", list_of(pa.bool_()), "Which response ids the student sampled; empty where it sampled all."),
+    Column("teacher_logprobs", list_of(pa.float32()), "Teacher's log-prob of each scored response id, nats."),
+    Column("teacher_rank", list_of(pa.int32()), "1 is the teacher's likeliest token, 0 unknown."),
+    Column("top_k", pa.int32(), "Listed ids a scored token; 0 for none."),
+    Column("topk_ids", list_of(pa.int32()), "Flat: top_k ids a scored token."),
+    Column("topk_logprobs", list_of(pa.float32()), "Their log-probs by the teacher."),
 )
 
 SHARDS = (

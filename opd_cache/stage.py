@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class Share:
 
 
 EVERYTHING = Share()
-MakeBatches = Callable[[int, StageProgress], Iterable[pa.RecordBatch]]
+Figures = Counter[str]  # sums over the rows of a shard, from health/figures.py
+MakeBatches = Callable[[int, StageProgress, Figures], Iterable[pa.RecordBatch]]
 
 
 def make_shards(
@@ -58,7 +60,7 @@ def make_shards(
 ) -> bool:
     """Make this process's share of the missing shards and seal the stage when all are there; True when sealed.
 
-    `make(shard, progress)` yields a shard's record batches. `facts` (engine, dtype, ...) go into the shard's log.
+    `make(shard, progress, figures)` yields a shard's record batches and adds up its figures. `facts` (engine, dtype, ...) go into the shard's log.
     A shard that fails for good does not keep the others from being made; then one error is raised for all of them.
     Raises ConfigError when the share is a shard that the plan does not have.
     """
@@ -70,7 +72,8 @@ def make_shards(
 
         def make_one(shard: int) -> None:
             start, tokens_before = time.monotonic(), progress.tokens
-            won = shards.publish(shard, lambda: make(shard, progress))
+            figures: Figures = Counter()
+            won = shards.publish(shard, lambda: make(shard, progress, figures), figures)
             pa.default_memory_pool().release_unused()  # else Arrow's heap grows from shard to shard for a while
             seconds, tokens = time.monotonic() - start, progress.tokens - tokens_before
             note = {

@@ -32,6 +32,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "teachers": teachers,
         "episodes": episodes,
         "failed_shards": failed_shards(run),
+        "warnings": kept_warnings(run),
         "seconds": {stage: round(sum(note["seconds"] for note in _notes(run, stage)), 2) for stage in STAGES},
         "bytes": {
             "rollouts": sum(entry["rollouts"]["bytes"] for entry in episodes),
@@ -150,6 +151,26 @@ def failed_shards(run: RunDir) -> list[dict[str, Any]]:
     ]
 
 
+def kept_warnings(run: RunDir) -> list[dict[str, Any]]:
+    """What was warned of, by episode and stage: stage, episode, teacher, name, value, threshold, text, query, command."""
+    notes = [read_json(path) for path in run.health_notes()]
+    notes.sort(key=lambda note: (note["episode"], STAGES.index(note["stage"]), note["teacher"] or ""))
+    return [
+        {
+            **{key: note[key] for key in ("stage", "episode", "teacher")},
+            **warning,
+            "command": query_command(str(run.path), warning["query"]),
+        }
+        for note in notes
+        for warning in note["warnings"]
+    ]
+
+
+def query_command(run_dir: str, query: str) -> str:
+    """The command that asks a ready query."""
+    return f"opd-cache query {run_dir} --example {query}"
+
+
 def status_tables(status: dict[str, Any]) -> list[Any]:
     """The same for people: rich renderables."""
     from rich.table import Table
@@ -171,7 +192,8 @@ def status_tables(status: dict[str, Any]) -> list[Any]:
             *evaluation_cells(entry["eval"]),
         )
     failures = [_failures_table(status["failed_shards"])] if status["failed_shards"] else []
-    return [stages, *failures, results_table(status)]
+    warnings = [_warnings_table(status["warnings"], status["run_dir"])] if status["warnings"] else []
+    return [stages, *failures, *warnings, results_table(status)]
 
 
 def _failures_table(failed: list[dict[str, Any]]) -> Any:
@@ -183,6 +205,18 @@ def _failures_table(failed: list[dict[str, Any]]) -> Any:
     for note in failed:
         error = f"{note['error']}: {note['message'].removeprefix(note['error'] + ': ')}"
         table.add_row(note["file"], error, note["time"], _process_of(note))
+    return table
+
+
+def _warnings_table(warnings: list[dict[str, Any]], run_dir: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title="health", caption=f"see: {query_command(run_dir, 'QUERY')}")
+    for column in ("episode", "stage", "warning", "QUERY"):
+        table.add_column(column, justify="right" if column == "episode" else "left", overflow="fold")
+    for warning in warnings:
+        stage = " ".join(filter(None, (warning["stage"], warning["teacher"])))
+        table.add_row(str(warning["episode"]), stage, warning["text"], warning["query"])
     return table
 
 

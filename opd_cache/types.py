@@ -8,6 +8,7 @@ import xxhash
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,24 @@ class Rollout:
     sample_index: int
     prompt_ids: Int32Array  # [P]
     response_ids: Int32Array  # [R], R may be 0
-    sampling_logprobs: Float32Array  # [R], at the distribution really sampled from
+    sampling_logprobs: Float32Array | None  # [R], at the distribution really sampled from; None where not known
     finish_reason: str
     policy_version: int
     raw_logprobs: Float32Array | None = None  # [R], at temperature 1 without cuts; None where they are the same
     reward: float | None = None  # of the task; None where there is none
     topk_ids: Int32Array | None = None  # [R, K], the student's likeliest first; None where they are not cached
     topk_logprobs: Float32Array | None = None  # [R, K], at temperature 1 without cuts
+    loss_mask: BoolArray | None = None  # [R], which ids the student sampled; None where it sampled all
+
+    @property
+    def student_logprobs(self) -> Float32Array | None:
+        """[R], of the student that sampled, at temperature 1 without cuts; None where not known."""
+        return self.sampling_logprobs if self.raw_logprobs is None else self.raw_logprobs
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens that may carry a loss."""
+        return len(self.response_ids) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
 
     @property
     def ids_hash(self) -> int:

@@ -24,7 +24,7 @@ from opd_cache.logs import StageProgress
 from opd_cache.recipes import packaged_recipes
 from opd_cache.run import Run, open_run
 from opd_cache.run_dir import RunDir
-from opd_cache.stage import EVERYTHING, make_shards
+from opd_cache.stage import EVERYTHING, Figures, make_shards
 from opd_cache.store.plans import load_rollout_plan, rollout_shards, stage_command
 
 VERBS = sorted(cli.commands)
@@ -357,7 +357,7 @@ def test_shard_that_another_process_made_meanwhile_is_not_made_again(
     shards, made = rollout_shards(target, plan), []
     whole = rollout_shards(finished_run.dir.episode(0), plan)
 
-    def make(shard: int, progress: StageProgress) -> Iterator[RecordBatch]:
+    def make(shard: int, progress: StageProgress, figures: Figures) -> Iterator[RecordBatch]:
         made.append(shard)
         # While this process makes shard 1, another one makes shard 2.
         shutil.copy(whole.path(2), shards.path(2))

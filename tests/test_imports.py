@@ -21,6 +21,7 @@ HOMES = {
     "vllm": ("vllm_engine.py",),
     "httpx": ("score/scorers/",),
     "datasets": (),
+    "matplotlib": ("plots/draw.py",),
 }
 # These serve --help, config, status, query and every other module: nothing heavy, not even by way of another module.
 LIGHT = (
@@ -31,13 +32,18 @@ LIGHT = (
     "commands/",
     "config/",
     "errors.py",
+    "exports/",
     "fingerprint.py",
     "grade.py",
+    "health/",
+    "imports/",
     "inspection/",
     "limits.py",
     "logs.py",
     "notes.py",
     "pipeline.py",
+    "plots/__init__.py",
+    "plots/data.py",
     "registry.py",
     "replay.py",
     "run.py",
@@ -53,7 +59,7 @@ LIGHT = (
     "queries/",
     "store/",
 )
-HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets"}
+HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets", "matplotlib"}
 
 
 class Import(NamedTuple):

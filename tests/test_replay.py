@@ -342,7 +342,7 @@ def test_it_refuses_what_is_no_run_and_episodes_that_are_not_there(run_copy: Pat
 def test_it_refuses_to_change_what_the_cache_was_made_with(finished_run: Run, tmp_path: Path, override: str) -> None:
     key = override.partition("=")[0]
     assert refused(ConfigError, finished_run.dir.path, tmp_path / "replay", None, override) == (
-        f"{key}: a replay changes only learn.* and torch_threads; all else is as in {finished_run.dir.path}. ({override})"
+        f"{key}: a replay changes only learn.*, health.* and torch_threads; all else is as in {finished_run.dir.path}. ({override})"
     )
 
 
@@ -423,5 +423,5 @@ def test_the_command_refuses_with_one_line_and_status_two(finished_run: Run, tmp
     path = tmp_path / "replay"
     done = run_command("replay", finished_run.dir.path, "--into", path, "seed=4")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert done.stderr.startswith("ConfigError: seed: a replay changes only learn.* and torch_threads; ")
+    assert done.stderr.startswith("ConfigError: seed: a replay changes only learn.*, health.* and torch_threads; ")
     assert list(tmp_path.iterdir()) == []

@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from opd_cache.config import Recipe
+from opd_cache.health.figures import rollout_figures, score_figures
+from opd_cache.health.stage import check_episode
 from opd_cache.logs import StageProgress, set_up_logging
 from opd_cache.recipes import load_recipe
 from opd_cache.rollout.plan import plan_episode
 from opd_cache.run_dir import SCHEMA_VERSION, RunDir
 from opd_cache.schema import PROMPTS, STEPS, VOCAB, arrow_schema
-from opd_cache.stage import EVERYTHING, make_shards
+from opd_cache.stage import EVERYTHING, Figures, make_shards
 from opd_cache.store.join import read_rollouts
 from opd_cache.store.plans import RolloutPlan, publish_rollout_plan, publish_score_plan, rollout_shards, score_shards
 from opd_cache.store.publish import digest_file, publish_json
@@ -92,6 +94,7 @@ def make_run(path: Path, shape: Shape) -> dict[str, Any]:
     run_id = publish_identity(run, recipe)
     for episode in range(shape.episodes):
         make_episode(run, recipe, run_id, episode, shape)
+        check_episode(run, recipe, episode)
     return {"run_dir": str(path), "tokens": total_tokens(run, shape), "rows": shape.episodes * shape.prompts_per_episode * shape.samples}  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def make_episode(run: RunDir, recipe: Recipe, run_id: str, episode: int, shape: 
     rollouts = rollout_shards(target, plan)
     make_shards(
         "rollout", run, target, plan, rollouts, EVERYTHING,
-        lambda shard, progress: rollout_batches(plan, rollouts, shard, progress), {"engine": "random"},
+        lambda shard, *watched: rollout_batches(plan, rollouts, shard, *watched), {"engine": "random"},
     )  # fmt: skip
     facts = {
         "teacher": TEACHER, "teacher_fingerprint": "random", "scorer": "hf", "dtype": "float32", "top_k": 0,
@@ -160,14 +163,14 @@ def make_episode(run: RunDir, recipe: Recipe, run_id: str, episode: int, shape: 
     noise = 0.1 + 0.5 / (episode + 1)
     make_shards(
         "score", run, target, plan, scores, EVERYTHING,
-        lambda shard, progress: scored_batches(plan, rollouts, scores, shard, noise, progress),
+        lambda shard, *watched: scored_batches(plan, rollouts, scores, shard, noise, *watched),
         {"engine": "random", "dtype": "float32", "teacher": TEACHER},
     )  # fmt: skip
     publish_steps(run, episode, noise)
 
 
 def rollout_batches(
-    plan: RolloutPlan, shards: ShardSet, shard: int, progress: StageProgress
+    plan: RolloutPlan, shards: ShardSet, shard: int, progress: StageProgress, figures: Figures
 ) -> Iterator[pa.RecordBatch]:
     rng = np.random.default_rng([int(plan.scope), shard])
     order = [(index, sample) for index in plan.shard_prompts(shard) for sample in range(plan.n_samples_per_prompt)]
@@ -175,6 +178,7 @@ def rollout_batches(
     for size in row_group_sizes(plan, shard):
         group = list(islice(rows, size))
         progress.advance(len(group), sum(len(row.response_ids) for row in group))
+        figures.update(rollout_figures(group))
         yield rollout_batch(group, shards.schema)
 
 
@@ -202,12 +206,20 @@ def random_rollout(plan: RolloutPlan, rng: np.random.Generator, prompt: int, sam
 
 
 def scored_batches(
-    plan: RolloutPlan, rollouts: ShardSet, scores: ShardSet, shard: int, noise: float, progress: StageProgress
+    plan: RolloutPlan,
+    rollouts: ShardSet,
+    scores: ShardSet,
+    shard: int,
+    noise: float,
+    progress: StageProgress,
+    figures: Figures,
 ) -> Iterator[pa.RecordBatch]:
     rng, rows = np.random.default_rng([int(plan.scope), shard, 1]), read_rollouts(rollouts, shard)
     for size in row_group_sizes(plan, shard):
-        group = [random_score(rng, rollout, noise) for rollout in islice(rows, size)]
+        sampled = list(islice(rows, size))
+        group = [random_score(rng, rollout, noise) for rollout in sampled]
         progress.advance(len(group), sum(len(score.teacher_logprobs) for score in group))
+        figures.update(score_figures(sampled, group))
         yield score_batch(group, scores.schema)
 
 
@@ -221,7 +233,12 @@ def random_score(rng: np.random.Generator, rollout: Rollout, noise: float) -> Sc
 def publish_steps(run: RunDir, episode: int, noise: float) -> None:
     schema, size = arrow_schema(STEPS), STEPS_PER_EPISODE
     rng = np.random.default_rng([episode, 2])
-    given = {"step": range(episode * size + 1, (episode + 1) * size + 1), "policy_version": [episode] * size}
+    given = {
+        "step": range(episode * size + 1, (episode + 1) * size + 1),
+        "policy_version": [episode] * size,
+        "tokens": [4096] * size,
+        "ess": [1.0] * size,
+    }
     arrays = [pa.array(given.get(f.name, noise * rng.random(size)), f.type, safe=False) for f in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     publish_table(run.steps(episode), schema, lambda: [batch], {"stage": "learn", "episode": episode})

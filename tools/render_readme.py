@@ -1,4 +1,4 @@
-"""Renders the parts of the README that follow from the code: the tables of columns and of SQL views.
+"""Renders the parts of the README that follow from the code: the tables of columns, of SQL views and of health checks.
 
 python tools/render_readme.py [--check]
 """
@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from opd_cache.health.checks import markdown_checks
 from opd_cache.schema import TABLES, markdown_table, markdown_views
 
 README = Path(__file__).parent.parent / "README.md"
@@ -19,6 +20,8 @@ def render(text: str) -> str:
         name = match.group(1)
         return f"<!-- columns:{name} -->\n**{name}**\n\n{markdown_table(TABLES[name])}\n<!-- /columns:{name} -->"
 
+    health = f"<!-- health -->\n{markdown_checks()}\n<!-- /health -->"
+    text = re.sub(r"<!-- health -->.*?<!-- /health -->", lambda _: health, text, flags=re.DOTALL)
     views = f"<!-- views -->\n{markdown_views()}\n<!-- /views -->"
     text = re.sub(r"<!-- views -->.*?<!-- /views -->", lambda _: views, text, flags=re.DOTALL)
     return re.sub(r"<!-- columns:(\w+) -->.*?<!-- /columns:\1 -->", block, text, flags=re.DOTALL)

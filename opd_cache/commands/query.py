@@ -1,4 +1,4 @@
-"""opd-cache query and opd-cache export."""
+"""opd-cache query."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ def _asked(arguments: tuple[str, ...], named: tuple[str, ...], example: str | No
         wanted = " ".join([*(() if named else ("RUN",)), *(() if example else ("SQL",))]) or "nothing"
         raise click.UsageError(f"found {len(arguments)} arguments, expected {wanted}.", click.get_current_context())
     if not example:
-        return (_named_runs(named) if named else arguments[0]), arguments[-1]
+        return (named_runs(named) if named else arguments[0]), arguments[-1]
     from opd_cache.queries import example_sql
 
     if named:
@@ -89,7 +89,7 @@ def _asked(arguments: tuple[str, ...], named: tuple[str, ...], example: str | No
     return arguments[0], example_sql(example)
 
 
-def _named_runs(named: tuple[str, ...]) -> dict[str, str]:
+def named_runs(named: tuple[str, ...]) -> dict[str, str]:
     runs: dict[str, str] = {}
     for one in named:
         name, sign, path = one.partition("=")
@@ -99,32 +99,3 @@ def _named_runs(named: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(f"--run {one!r}: the name {name!r} is given twice.")
         runs[name] = path
     return runs
-
-
-@click.group()
-def export() -> None:
-    """Give a run to other programs.
-
-    Example: opd-cache export duckdb runs/quickstart quickstart.duckdb
-    """
-
-
-@export.command("duckdb")
-@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--partial", is_flag=True, help="Views on published shards of stages that are not sealed, too.")
-def export_duckdb(run_dir: Path, file: Path, partial: bool) -> None:
-    """Write a DuckDB database with the run's views, for any DuckDB client on this machine.
-
-    It holds no data but the view `shards`: the views read the run's files, which must stay where they are.
-
-    Example: opd-cache export duckdb runs/quickstart quickstart.duckdb
-    """
-    from opd_cache.commands.output import check_new_file, write_new_file
-    from opd_cache.store.query import database_of_views
-
-    check_new_file(file)
-    with database_of_views(run_dir, partial) as (database, left_out):
-        for line in left_out:
-            click.echo(line, err=True)
-        write_new_file(file, lambda final: final.write(database.read_bytes()))

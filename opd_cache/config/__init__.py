@@ -12,6 +12,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from opd_cache.config.data import EvalConfig, PromptsConfig, TaskConfig
+from opd_cache.config.health import HealthConfig
 from opd_cache.config.learning import DeepSpeedOptions, LearnConfig, LoraOptions, LossConfig
 from opd_cache.config.models import ModelConfig, TeacherConfig, TeacherPrompt, VllmOptions
 from opd_cache.config.options import field_types, option
@@ -20,6 +21,7 @@ from opd_cache.config.stages import HttpOptions, PipelineConfig, RolloutConfig, 
 __all__ = [
     "DeepSpeedOptions",
     "EvalConfig",
+    "HealthConfig",
     "HttpOptions",
     "LearnConfig",
     "LoraOptions",
@@ -74,6 +76,7 @@ class Recipe:
     score: ScoreConfig = option(ScoreConfig, "The score stage.")
     learn: LearnConfig = option(LearnConfig, "The learn stage.")
     eval: EvalConfig = option(EvalConfig, "Evaluation.")
+    health: HealthConfig = option(HealthConfig, "What warns of a run gone wrong.")
 
     def learning_teachers(self) -> list[str]:
         """Whose scores the student learns from."""

@@ -222,8 +222,10 @@ def _rollouts_with_kl(
     for shard in range(plan.num_shards):
         for rollout, row in join_teachers(shards, scores, shard):
             score = teaching.combine(rollout, row)
-            student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
-            difference = student.astype("f8") - score.teacher_logprobs if score.error is None else None
+            student = rollout.student_logprobs
+            difference = None
+            if student is not None and score.error is None:
+                difference = student.astype("f8") - score.teacher_logprobs
             yield rollout, None if difference is None else float(difference.sum())
 
 

@@ -36,7 +36,9 @@ status=$?
 echo "$(date +%T) {{stage}} $number ended with status $status on $(hostname)"
 
 # 75: worth another try. Above 128: a signal ended the process, or one of its ranks (lost memory, a watchdog, a fault).
-if [[ ($status -eq 75 || $status -gt 128 || -n $warned) && -z $ended && ${SLURM_RESTART_COUNT:-0} -lt {{max_requeues}} ]] &&
+# 3: stopped by health.fail_on; to queue that again would find the same.
+if [[ ($status -eq 75 || $status -gt 128 || -n $warned) && $status -ne 3 && -z $ended ]] &&
+  [[ ${SLURM_RESTART_COUNT:-0} -lt {{max_requeues}} ]] &&
   [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
   echo "$(date +%T) queued again, after ${SLURM_RESTART_COUNT:-0} of at most {{max_requeues}} times"
   trap 'exit 75' TERM

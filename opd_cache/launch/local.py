@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from opd_cache.errors import OpdCacheError, TryAgainError
+from opd_cache.errors import OpdCacheError, TryAgainError, UnhealthyError
 from opd_cache.stop import SIGNALS, noted_signals
 
 # A signal that comes before a command can handle it ends it by itself.
@@ -13,6 +13,12 @@ TRY_AGAIN = {TryAgainError.exit_status, *(-number for number in SIGNALS)}
 
 class StageFailedError(OpdCacheError):
     """A stage's command ended with an error that it has already printed."""
+
+
+class StageUnhealthyError(StageFailedError):
+    """It stopped the run by health.fail_on."""
+
+    exit_status = UnhealthyError.exit_status
 
 
 class SubprocessStages:
@@ -37,6 +43,8 @@ class SubprocessStages:
                     process.terminate()
                 raise
             if failed := [status for status in statuses if status]:
+                if UnhealthyError.exit_status in failed:
+                    raise StageUnhealthyError(f"{stage} {number} stopped the run by health.fail_on; see above.")
                 kind = TryAgainError if TRY_AGAIN.issuperset(failed) else StageFailedError
                 raise kind(
                     f"{stage} {number} ended with status {failed[0]}; see above. The same command goes on from what is published."

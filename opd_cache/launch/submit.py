@@ -10,6 +10,7 @@ from typing import Any
 
 from opd_cache.config import Recipe
 from opd_cache.errors import ConfigError, OpdCacheError
+from opd_cache.health.stage import check_episode
 from opd_cache.launch import slurm
 from opd_cache.launch.chain import Step, now_waiting_wrongly, plan_steps
 from opd_cache.launch.clusters import LoadedCluster
@@ -54,7 +55,8 @@ def plan_submission(
 ) -> Submission:
     """What a run lacks and what the queue does not hold of it yet.
 
-    run: absolute. Raises ConfigError; TryAgainError when Slurm's controller does not answer.
+    run: absolute. Raises ConfigError; TryAgainError when Slurm's controller does not answer; UnhealthyError when what is
+    there already would stop the run.
     """
     scripts = render_scripts(run, Path.cwd(), sys.executable, cluster)
     try:
@@ -65,8 +67,17 @@ def plan_submission(
             raise
         queue, max_array_size, fault = [], DEFAULT_MAX_ARRAY_SIZE, str(error)
     works = unfinished_work(recipe, run)
+    for episode in sorted(
+        {max(0, episode) for work in works if not work.is_done for episode in _episodes_before(work)}
+    ):
+        check_episode(run, recipe, episode)
     steps = plan_steps(works, queue, cluster.jobs, max_array_size)
     return Submission(run, recipe, scripts, _chosen(steps, episodes), fault)
+
+
+def _episodes_before(work: Work) -> tuple[int, int]:
+    """Those that a piece of work goes on from: its own, and the one before."""
+    return work.number - 1, work.number
 
 
 def _chosen(steps: list[Step], episodes: Sequence[int] | None) -> list[Step]:

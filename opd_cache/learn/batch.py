@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class MicroBatch:
     predictor_N: Tensor  # flat index into [B * T] of the position whose hidden state predicts the token
     row_N: Tensor  # which sequence of the micro-batch each token belongs to
     target_ids_N: Tensor
-    sampling_logprobs_N: Tensor
+    sampling_logprobs_N: Tensor  # NaN where not known
     teacher_logprobs_N: Tensor
     topk_ids_NK: Tensor
     topk_logprobs_NK: Tensor
@@ -52,26 +53,33 @@ def global_batches(rows: Iterable[Joined], sizes: Iterable[int]) -> Iterator[lis
 def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]:
     """The rows that carry loss, as far as they are scored: not dropped, not empty and, where asked for, not truncated."""
     return [
-        (_scored_tokens(rollout, score), score)
+        (scored_tokens(rollout, score), score)
         for rollout, score in batch
         if score.error is None
         and not score.is_dropped
-        and len(score.teacher_logprobs) > 0
+        and scored_tokens(rollout, score).num_loss_tokens > 0
         and not (mask_truncated and rollout.finish_reason == "length")
     ]
 
 
-def _scored_tokens(rollout: Rollout, score: Score) -> Rollout:
+def scored_tokens(rollout: Rollout, score: Score) -> Rollout:
     """The rollout up to the last token with a score: what comes behind has no loss, and changes nothing before it."""
-    count, raw = len(score.teacher_logprobs), rollout.raw_logprobs
+    count = len(score.teacher_logprobs)
     if count == len(rollout.response_ids):
         return rollout
-    return replace(
-        rollout,
-        response_ids=rollout.response_ids[:count],
-        sampling_logprobs=rollout.sampling_logprobs[:count],
-        raw_logprobs=None if raw is None else raw[:count],
-    )
+    per_token = {name: getattr(rollout, name) for name in ("sampling_logprobs", "raw_logprobs", "loss_mask")}
+    cut = {name: values[:count] for name, values in per_token.items() if values is not None}
+    return replace(rollout, response_ids=rollout.response_ids[:count], **cut)
+
+
+def loss_places(rollout: Rollout) -> npt.NDArray[np.int64]:
+    """[L], the places in the response that carry a loss: all, but for a loss_mask."""
+    return np.arange(len(rollout.response_ids)) if rollout.loss_mask is None else np.flatnonzero(rollout.loss_mask)
+
+
+def sampled_values(values: npt.NDArray | None, places: npt.NDArray[np.int64]) -> npt.NDArray:
+    """[L], the values at these places; NaN where they are not known."""
+    return np.full(len(places), np.nan, np.float32) if values is None else values[places]
 
 
 def divide(lengths: Sequence[int], world: int, max_tokens: int, packed: bool) -> list[list[list[int]]]:
@@ -139,7 +147,8 @@ def micro_batches(
 def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], packed: bool, counts: bool) -> MicroBatch:
     sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout, _ in rows]
     prompts = [len(rollout.prompt_ids) for rollout, _ in rows]
-    responses = [len(rollout.response_ids) for rollout, _ in rows]
+    kept = [loss_places(rollout) for rollout, _ in rows]
+    num_kept = torch.tensor([len(places) for places in kept])
     lengths = [len(sequence) for sequence in sequences]
     if packed:
         ids, mask = padded([np.concatenate(sequences)], "right", torch.device("cpu"))[0], None
@@ -150,24 +159,22 @@ def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], packed: bool,
         positions = None
         starts = np.arange(len(rows)) * ids.shape[1]
     # logits at i − 1 predict token i
-    predictors = [
-        start + np.arange(prompt - 1, prompt + response - 1)
-        for start, prompt, response in zip(starts, prompts, responses, strict=True)
-    ]
+    predictors = [start + prompt - 1 + places for start, prompt, places in zip(starts, prompts, kept, strict=True)]
+    placed = [(rollout, score, places) for (rollout, score), places in zip(rows, kept, strict=True)]
     return MicroBatch(
         input_ids_BT=ids,
         attention_mask_BT=mask,
         position_ids_BT=positions,
         predictor_N=_tensor(predictors, torch.int64),
-        row_N=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(responses)),
-        target_ids_N=_tensor([rollout.response_ids for rollout, _ in rows], torch.int64),
-        sampling_logprobs_N=_tensor([rollout.sampling_logprobs for rollout, _ in rows], torch.float32),
-        teacher_logprobs_N=_tensor([score.teacher_logprobs for _, score in rows], torch.float32),
-        topk_ids_NK=_tensor([score.topk_ids for _, score in rows], torch.int64),
-        topk_logprobs_NK=_tensor([score.topk_logprobs for _, score in rows], torch.float32),
-        reward_advantages_N=torch.repeat_interleave(
-            torch.tensor(rewards, dtype=torch.float32), torch.tensor(responses)
+        row_N=torch.repeat_interleave(torch.arange(len(rows)), num_kept),
+        target_ids_N=_tensor([rollout.response_ids[places] for rollout, _, places in placed], torch.int64),
+        sampling_logprobs_N=_tensor(
+            [sampled_values(rollout.sampling_logprobs, places) for rollout, _, places in placed], torch.float32
         ),
+        teacher_logprobs_N=_tensor([score.teacher_logprobs[places] for _, score, places in placed], torch.float32),
+        topk_ids_NK=_tensor([score.topk_ids[places] for _, score, places in placed], torch.int64),
+        topk_logprobs_NK=_tensor([score.topk_logprobs[places] for _, score, places in placed], torch.float32),
+        reward_advantages_N=torch.repeat_interleave(torch.tensor(rewards, dtype=torch.float32), num_kept),
         counts=counts,
     )
 

@@ -39,6 +39,8 @@ def open_sources(run: Run, episode: int, loss: Loss) -> tuple[list[Source], list
 
 def _check_sampled_by(run: Run, episode: int, about: Mapping[str, Any]) -> None:
     """Refuse rollouts of another policy than the one that the recipe wants, as it is now. Raises MismatchError."""
+    if "imported" in about:  # by whom is known to whoever imported them
+        return
     target, wanted, version = run.dir.episode(episode), run.recipe.sampling_version(episode), about["policy_version"]
     again = f"move {target.path} away and run: {stage_command('rollout', target)}"
     if version != wanted:
@@ -131,9 +133,23 @@ def check_needs(recipe: Recipe, loss: Loss, plan: RolloutPlan, scores: Sequence[
         raise MismatchError(
             f"learn.loss.name = {name!r} needs as many top k of every teacher; {listed}. Use reverse_kl_pg, or score again with one score.top_k in another run_dir."
         )
+    if plan.imported is not None:
+        _check_imported(name, loss, plan)
     if loss.needs_reward and plan.reward is None:
         raise MismatchError(
             f"learn.loss.name = {name!r} needs task rewards, but the rollouts of episode {plan.scope} carry none. Set rollout.reward=exact_match for a new run_dir, or leave reward_pg out of the loss."
+        )
+
+
+def _check_imported(name: str, loss: Loss, plan: RolloutPlan) -> None:
+    """Refuse a loss for which the outside rollouts lack something. Raises MismatchError."""
+    if loss.needs_sampler and "sampling_logprobs" not in (plan.imported or {})["columns"]:
+        raise MismatchError(
+            f"learn.loss.name = {name!r} weighs tokens by their ratio to the sampler, but the rollouts of episode {plan.scope} were imported without sampling_logprobs. Use a loss without a ratio, such as reverse_kl_topk, or import them again with their log-probs."
+        )
+    if loss.needs_reward and len({*plan.prompt_indices}) < len(plan.prompt_indices):
+        raise MismatchError(
+            f"learn.loss.name = {name!r} compares the samples of a prompt, but the imported rollouts of episode {plan.scope} do not hold equally many of each prompt, one behind the other. Import whole groups, or leave reward_pg out of the loss."
         )
 
 

@@ -40,7 +40,7 @@ class TokenLogprobs:
 
     target_ids_N: Tensor  # the sampled tokens
     student_logprobs_N: Tensor  # live
-    sampling_logprobs_N: Tensor  # when it sampled
+    sampling_logprobs_N: Tensor  # when it sampled; NaN where not known, see Loss.needs_sampler
     teacher_logprobs_N: Tensor
     topk_ids_NK: Tensor  # the teacher's likeliest; K is 0 for a loss that does not need them
     topk_logprobs_NK: Tensor
@@ -72,6 +72,7 @@ class Loss:
     compute: Callable[[TokenLogprobs, LossConfig], TokenLoss]
     needs_topk: bool = False
     needs_reward: bool = False
+    needs_sampler: bool = False  # its log-probs; else they may be NaN, as of imported rollouts that came without
     needs_responses: bool = False  # looks across the tokens of a response; else any slice of N may be computed alone
 
 
@@ -85,6 +86,7 @@ def resolve_loss(options: LossConfig) -> Loss:
         loss,
         needs_topk=any(part.needs_topk for part in parts),
         needs_reward=any(part.needs_reward for part in parts),
+        needs_sampler=any(part.needs_sampler for part in parts),
         needs_responses=discounted or any(part.needs_responses for part in parts),
     )
 
@@ -251,12 +253,12 @@ def kl_penalty(student_logprobs_N: Tensor, reference_logprobs_N: Tensor, estimat
     return torch.expm1(-difference_N) + difference_N
 
 
-REVERSE_KL_PG = Loss(reverse_kl_pg)
+REVERSE_KL_PG = Loss(reverse_kl_pg, needs_sampler=True)
 REVERSE_KL_TOPK = Loss(reverse_kl_topk, needs_topk=True)
 FORWARD_KL_TOPK = Loss(forward_kl_topk, needs_topk=True)
 JSD_TOPK = Loss(jsd_topk, needs_topk=True)
 SKEW_KL_TOPK = Loss(skew_kl_topk, needs_topk=True)
 SKEW_REVERSE_KL_TOPK = Loss(skew_reverse_kl_topk, needs_topk=True)
 ENTROPY_AWARE = Loss(entropy_aware, needs_topk=True)
-REWARD_PG = Loss(reward_pg, needs_reward=True)
+REWARD_PG = Loss(reward_pg, needs_reward=True, needs_sampler=True)
 MIXED = Loss(mixed)

@@ -87,24 +87,31 @@ class Objective:
         return torch.stack([torch.cat(chunks).float() for chunks in zip(*self._figures, strict=True)]).cpu().numpy()
 
 
-def summarize(figures: np.ndarray, num_tokens: int) -> dict[str, float]:
+def summarize(figures: np.ndarray, num_tokens: int) -> dict[str, float | None]:
     """The columns of steps.parquet that come from per-token figures [F, N] of the whole global batch."""
     if not num_tokens:
         figures = np.zeros((len(FIGURES), 1))
     by_name = dict(zip(FIGURES, figures.astype(np.float64), strict=True))
-    reverse_kl, ratio = by_name["reverse_kl"], by_name["ratio"]
-    squares = np.square(ratio).sum()
+    reverse_kl = by_name["reverse_kl"]
     p50, p99 = np.quantile(reverse_kl, [0.5, 0.99]).tolist()
     return {
         "loss": by_name["loss"].sum() / max(num_tokens, 1),
         "reverse_kl": reverse_kl.mean(),
         "reverse_kl_p50": p50,
         "reverse_kl_p99": p99,
-        "ratio_mean": ratio.mean(),
-        "ratio_max": ratio.max(),
-        "ess": float(ratio.sum() ** 2 / (len(ratio) * squares)) if squares else 0.0,
+        **_ratio_figures(by_name["ratio"]),
         "clipped_share": by_name["clipped"].mean(),
         "clamped_share": by_name["clamped"].mean(),
         "entropy": by_name["entropy"].mean(),
         "kl_penalty": by_name["penalty"].mean(),
     }
+
+
+def _ratio_figures(ratios: np.ndarray) -> dict[str, float | None]:
+    """Of the tokens whose sampler's log-prob is known; None where it is of none."""
+    known = ratios[~np.isnan(ratios)]
+    if not len(known):
+        return dict.fromkeys(("ratio_mean", "ratio_max", "ess"))
+    squares = np.square(known).sum()
+    ess = float(known.sum() ** 2 / (len(known) * squares)) if squares else 0.0
+    return {"ratio_mean": known.mean(), "ratio_max": known.max(), "ess": ess}

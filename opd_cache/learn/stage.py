@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from opd_cache import registry
 from opd_cache.errors import FirstRankFailedError, TryAgainError
-from opd_cache.learn.batch import global_batches, micro_batches
+from opd_cache.learn.batch import global_batches, micro_batches, scored_tokens
 from opd_cache.learn.checkpoint import (
     STEPS,
     TRAINER,
@@ -243,8 +243,8 @@ def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
     rows = (row for row in planned_rows(lesson.sources, 1, 0) if len(row[0].response_ids) and row[1].error is None)
     if (row := next(rows, None)) is None:
         return None
-    (batch,) = micro_batches([row], [0.0], max_tokens=1)
-    rollout, _ = row
+    rollout = replace(scored_tokens(*row), loss_mask=None)
+    (batch,) = micro_batches([(rollout, row[1])], [0.0], max_tokens=1)
     return {
         "prompt_ids": rollout.prompt_ids.tolist(),
         "response_ids": rollout.response_ids.tolist(),
@@ -268,9 +268,13 @@ def _write_note(run: Run, episode: int, ranks: Ranks, state: TrainerState, secon
 
 def _log_step(episode: int, plan: LearnPlan, state: TrainerState, metrics: dict[str, Any]) -> None:
     log.info(
-        "learn   episode %d step %d/%d | loss %.4f | reverse_kl %.4f nats | ratio max %.2f | grad norm %.2f | %s tok/s",
-        episode, len(state.steps), plan.num_steps, metrics["loss"], metrics["reverse_kl"], metrics["ratio_max"], metrics["grad_norm"], short(metrics["tokens_per_s"]),
+        "learn   episode %d step %d/%d | loss %.4f | reverse_kl %.4f nats | ratio max %s | grad norm %.2f | %s tok/s",
+        episode, len(state.steps), plan.num_steps, metrics["loss"], metrics["reverse_kl"], _shown(metrics["ratio_max"]), metrics["grad_norm"], short(metrics["tokens_per_s"]),
     )  # fmt: skip
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _write_steps(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd_cache.config import ModelConfig, Recipe
 from opd_cache.fingerprint import model_folder
-from opd_cache.learn.batch import MicroBatch, micro_batches, rows_to_learn
+from opd_cache.learn.batch import MicroBatch, loss_places, micro_batches, rows_to_learn, sampled_values
 from opd_cache.learn.engine import Engine
 from opd_cache.learn.losses import resolve_loss, token_advantages
 from opd_cache.learn.objective import FIGURES, Objective, StepFacts, summarize
@@ -41,7 +41,7 @@ class Trainer:
         """
         start = time.monotonic()
         rows = rows_to_learn(batch, self.config.mask_truncated)
-        num_tokens = sum(len(rollout.response_ids) for rollout, _ in rows)
+        num_tokens = sum(rollout.num_loss_tokens for rollout, _ in rows)
         figures = self._forward_backward(batch, rows, num_tokens)
         grad_norm = self.engine.optimizer_step(learning_rate) if num_tokens else 0.0
         gathered = self.ranks.gather(figures)
@@ -95,11 +95,13 @@ class Trainer:
         forward pass, so the same for every micro-batch size and number of ranks."""
         if not rows or not self.config.loss.normalize_advantages:
             return 0.0, 1.0
+        kept = [loss_places(rollout) for rollout, _ in rows]
         sampled = [
-            rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs for rollout, _ in rows
+            sampled_values(rollout.student_logprobs, places) for (rollout, _), places in zip(rows, kept, strict=True)
         ]
+        taught = [score.teacher_logprobs[places] for (_, score), places in zip(rows, kept, strict=True)]
         advantages_N, _ = token_advantages(
-            torch.from_numpy(np.concatenate([score.teacher_logprobs for _, score in rows])).double(),
+            torch.from_numpy(np.concatenate(taught)).double(),
             torch.from_numpy(np.concatenate(sampled)).double(),
             torch.from_numpy(np.repeat(np.arange(len(rows)), [len(values) for values in sampled])),
             self.config.loss,

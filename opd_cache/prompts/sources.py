@@ -17,15 +17,16 @@ Record = tuple[str, dict[str, Any] | str]
 def read_records(config: PromptsConfig) -> Iterator[Record]:
     """Every record of the source in order; a broken one arrives as the text of its fault."""
     path = Path(config.path)
-    if path.suffix == ".jsonl":
-        return _read_jsonl(_existing(path))
-    if path.suffix == ".json":
-        return _read_json(_existing(path))
-    if path.suffix == ".parquet":
-        return _read_parquet(_existing(path))
+    if path.suffix in FILE_SUFFIXES:
+        return read_file(_existing(path))
     if path.is_file():
         raise PromptError(f"prompts.path = {config.path!r}: expected a file that ends in {', '.join(FILE_SUFFIXES)}.")
     return _read_dataset(config, path)
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Every record of a file that ends in one of FILE_SUFFIXES."""
+    return {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix](path)
 
 
 def _existing(path: Path) -> Path:

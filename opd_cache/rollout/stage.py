@@ -9,6 +9,7 @@ import pyarrow as pa
 from opd_cache import registry
 from opd_cache.config import ModelConfig
 from opd_cache.errors import StoreError
+from opd_cache.health.figures import rollout_figures
 from opd_cache.logs import StageProgress
 from opd_cache.prompts.intake import count_prompts, read_prompts
 from opd_cache.rollout.plan import plan_episode
@@ -16,7 +17,7 @@ from opd_cache.rollout.rewards import RolloutReward, new_reward
 from opd_cache.rollout.samples import Sample, Sampler, SampleRequest
 from opd_cache.run import Run, stop_token_ids
 from opd_cache.run_dir import RolloutSet
-from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.stage import EVERYTHING, Figures, Share, make_shards
 from opd_cache.stall import phase
 from opd_cache.store.join import rollout_fault
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, publish_rollout_plan, rollout_shards
@@ -82,9 +83,9 @@ def sample_shards(
         with phase("loading the policy"):
             load()
 
-    def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
+    def make(shard: int, progress: StageProgress, figures: Figures) -> Iterator[pa.RecordBatch]:
         rollouts = _sample_shard(plan, shard, prompts_path, sampler, progress, reward)
-        return _row_groups(rollouts, plan, shards)
+        return _row_groups(rollouts, plan, shards, figures)
 
     return make_shards("rollout", run.dir, target, plan, shards, share, make, {"engine": sampler.engine})
 
@@ -137,8 +138,12 @@ def _rollout(plan: RolloutPlan, prompt: Prompt, sample_index: int, sampled: Samp
     )
 
 
-def _row_groups(rollouts: list[Rollout], plan: RolloutPlan, shards: ShardSet) -> Iterator[pa.RecordBatch]:
+def _row_groups(
+    rollouts: list[Rollout], plan: RolloutPlan, shards: ShardSet, figures: Figures
+) -> Iterator[pa.RecordBatch]:
     start, limit = 0, group_limit(plan.sampling.max_new_tokens * max(plan.sampling.student_top_k, 1))
     for size in group_sizes(len(rollouts), plan.n_samples_per_prompt, limit):
-        yield rollout_batch(rollouts[start : start + size], shards.schema)
+        group = rollouts[start : start + size]
+        figures.update(rollout_figures(group))
+        yield rollout_batch(group, shards.schema)
         start += size

@@ -1,10 +1,12 @@
 """What a shard of scores must stand up to before it is published: plausible numbers, and the same numbers again."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from opd_cache.errors import EngineOutputError, MismatchError
 from opd_cache.score.scores import TokenScores
-from opd_cache.types import Rollout, Score
+from opd_cache.types import Score
 
 # A mean over fewer tokens says little.
 MIN_TOKENS = 200
@@ -15,36 +17,23 @@ REPEATS_TO = {"float32": (1e-3, 1e-4)}
 REPEATS_TO_16_BITS = (0.5, 0.1)
 
 
-class GapWatch:
-    """Mean student − teacher log-prob of a shard's tokens, which begin at `first_token` of the responses."""
+def check_gap(figures: Mapping[str, float], max_gap: float | None, where: str) -> None:
+    """Look at the mean student − teacher log-prob of a shard's tokens, whose score_figures these are.
 
-    def __init__(self, max_gap: float | None, first_token: int = 0) -> None:
-        self.max_gap, self.first_token = max_gap, first_token
-        self.total, self.tokens = 0.0, 0
-
-    def add(self, rollout: Rollout, score: Score) -> None:
-        if score.error is not None:
-            return
-        student = rollout.sampling_logprobs if rollout.raw_logprobs is None else rollout.raw_logprobs
-        student = student[self.first_token : self.first_token + len(score.teacher_logprobs)]
-        # A teacher's −inf is legitimate for one token, and would hide all others.
-        gaps = student.astype(np.float64) - np.maximum(score.teacher_logprobs, -100.0)
-        self.total += float(gaps.sum())
-        self.tokens += len(gaps)
-
-    def check(self, where: str) -> None:
-        """Raises MismatchError where the scores cannot be this teacher's of these tokens."""
-        if self.max_gap is None or self.tokens < MIN_TOKENS:
-            return
-        gap = self.total / self.tokens
-        if gap > self.max_gap:
-            raise MismatchError(
-                f"{where}: the teacher finds the student's tokens {gap:.1f} nats a token less likely than the student does (score.max_gap = {self.max_gap}). The likely causes: another tokenizer, another chat template than the teacher was trained with, or log-probs shifted by one position. Nothing was published; raise score.max_gap if the two really differ so much."
-            )
-        if gap < LEAST_GAP:
-            raise MismatchError(
-                f"{where}: the teacher finds the student's own samples {-gap:.1f} nats a token more likely than the student that sampled them. The stored sampling log-probs are not the sampler's, or the scores are of other tokens. Nothing was published; set score.max_gap=null to score all the same."
-            )
+    Raises MismatchError where the scores cannot be this teacher's of these tokens.
+    """
+    tokens = figures["compared_tokens"]
+    if max_gap is None or tokens < MIN_TOKENS:
+        return
+    gap = -figures["advantage_sum"] / tokens
+    if gap > max_gap:
+        raise MismatchError(
+            f"{where}: the teacher finds the student's tokens {gap:.1f} nats a token less likely than the student does (score.max_gap = {max_gap}). The likely causes: another tokenizer, another chat template than the teacher was trained with, or log-probs shifted by one position. Nothing was published; raise score.max_gap if the two really differ so much."
+        )
+    if gap < LEAST_GAP:
+        raise MismatchError(
+            f"{where}: the teacher finds the student's own samples {-gap:.1f} nats a token more likely than the student that sampled them. The stored sampling log-probs are not the sampler's, or the scores are of other tokens. Nothing was published; set score.max_gap=null to score all the same."
+        )
 
 
 def check_repeats(found: Score, again: TokenScores, dtype: str, where: str) -> None:

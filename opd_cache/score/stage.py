@@ -12,14 +12,15 @@ from opd_cache import registry
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import MismatchError, MissingInputError, StoreError
 from opd_cache.fingerprint import model_folder
+from opd_cache.health.figures import score_figures
 from opd_cache.logs import StageProgress
 from opd_cache.prompts.intake import read_prompt_ids
 from opd_cache.run import Run, check_same_vocabulary, eos_ids, read_vocabulary
 from opd_cache.run_dir import RolloutSet
-from opd_cache.score.checks import GapWatch, check_repeats
+from opd_cache.score.checks import check_gap, check_repeats
 from opd_cache.score.inputs import fingerprint_of, own_prompts
 from opd_cache.score.scores import Scorer, ScoreRequest, TokenScores, UnfitScoresError
-from opd_cache.stage import EVERYTHING, Share, make_shards
+from opd_cache.stage import EVERYTHING, Figures, Share, make_shards
 from opd_cache.stall import phase
 from opd_cache.store.join import read_rollouts, score_fault
 from opd_cache.store.plans import (
@@ -111,9 +112,9 @@ def score_rollouts(
             _warn_of_other_eos(plan, teacher, config)
             scorer.load()
 
-    def make(shard: int, progress: StageProgress) -> Iterator[pa.RecordBatch]:
+    def make(shard: int, progress: StageProgress, figures: Figures) -> Iterator[pa.RecordBatch]:
         own_ids = {} if prompts is None else read_prompt_ids(prompts, plan.shard_prompts(shard))
-        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, run.recipe.score, progress)
+        return _score_shard(plan, rollouts, scores, shard, own_ids, scorer, run.recipe.score, progress, figures)
 
     return make_shards(
         "score",
@@ -147,6 +148,7 @@ def _score_shard(
     scorer: Scorer,
     options: ScoreConfig,
     progress: StageProgress,
+    figures: Figures,
 ) -> Iterator[pa.RecordBatch]:
     """Score window after window of whole prompt groups, row groups leaving in the order of the rollouts.
 
@@ -155,24 +157,24 @@ def _score_shard(
     about = scores.about
     values_per_row = plan.sampling.max_new_tokens * max(about["top_k"], 1)
     limit, most = group_limit(values_per_row), max(1, VALUES_PER_WINDOW // values_per_row)
-    reader, gaps = read_rollouts(rollouts, shard), GapWatch(options.max_gap, about.get("first_token") or 0)
+    reader, first_token = read_rollouts(rollouts, shard), about.get("first_token") or 0
     canary: tuple[Rollout, Score] | None = None
     for window in group_sizes(
         plan.shard_rollouts(shard), plan.n_samples_per_prompt, max(limit, min(scorer.window, most))
     ):
         rows = list(islice(reader, window))
         scored = _score_window(rows, window, own_ids, scorer, about, progress)
-        for row, score in zip(rows, scored, strict=True):
-            gaps.add(row, score)
         canary = canary or next(
             ((row, score) for row, score in zip(rows, scored, strict=True) if len(score.teacher_logprobs)), None
         )
         start = 0
         for size in group_sizes(window, plan.n_samples_per_prompt, limit):
-            yield score_batch(scored[start : start + size], scores.schema)
+            group = slice(start, start + size)
+            figures.update(score_figures(rows[group], scored[group], first_token))
+            yield score_batch(scored[group], scores.schema)
             start += size
     # The file gets its name only when this generator has ended well.
-    gaps.check(str(scores.path(shard)))
+    check_gap(figures, options.max_gap, str(scores.path(shard)))
     if canary is not None:
         (again,) = _scores([canary[0]], own_ids, scorer, about)
         check_repeats(canary[1], again, scorer.dtype, str(scores.path(shard)))

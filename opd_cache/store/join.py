@@ -107,7 +107,7 @@ def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator
         is_fit = (
             _fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
             and _fits(group, "student_topk_ids", ("student_topk_logprobs",))
-            and _is_even(group, "response_ids", dict.fromkeys(STUDENT_TOPK, top_k))
+            and _is_even(group, "response_ids", {**dict.fromkeys(STUDENT_TOPK, top_k), "loss_mask": 1})
         )
         for row, rollout in enumerate(rollouts_of(group, top_k), first):
             if row < start_row:
@@ -187,11 +187,11 @@ def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[
 def rollout_fault(rollout: Rollout, top_k: int = 0) -> str | None:
     """What makes a rollout unfit to be stored or learned from: lengths that differ, values that no log-prob or
     reward has. top_k: how many of the student's likeliest tokens it is to hold."""
-    for name in ("sampling_logprobs", "raw_logprobs"):
+    for name in ("sampling_logprobs", "raw_logprobs", "loss_mask"):
         values = getattr(rollout, name)
         if values is not None and len(values) != len(rollout.response_ids):
             return f"{name} has {len(values)} values, response_ids has {len(rollout.response_ids)}"
-        if values is not None and (fault := _logprob_fault(values, name)):
+        if values is not None and name != "loss_mask" and (fault := _logprob_fault(values, name)):
             return fault
     for name in ("topk_ids", "topk_logprobs") if top_k else ():
         values = getattr(rollout, name)

@@ -8,7 +8,7 @@ from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
 from opd_cache.run_dir import PLAN, SCHEMA_VERSION, SEAL, RolloutSet
 from opd_cache.status import scored_parts
 from opd_cache.store.publish import digest_file, publish_json, read_json
-from opd_cache.store.rows import rollouts_schema, scores_schema
+from opd_cache.store.rows import imported_schema, rollouts_schema, scores_schema
 from opd_cache.store.shards import ShardSet
 
 # In a scoring plan only where they say something: sha256 of the teacher's own prompts; and which tokens of a response
@@ -50,6 +50,7 @@ class RolloutPlan:
     prompts_per_shard: int
     sampling: SamplingPlan
     reward: dict[str, Any] | None = None  # the task reward: name, answer_pattern, reference_pattern
+    imported: dict[str, Any] | None = None  # of outside rollouts: their files, their format, which optional columns
 
     @property
     def num_shards(self) -> int:
@@ -99,11 +100,17 @@ def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
         "dtype": plan.dtype,
         "sampling": asdict(plan.sampling),
         **({} if plan.reward is None else {"reward": plan.reward}),
+        **({} if plan.imported is None else {"imported": plan.imported}),
     }
+    if plan.imported is not None:
+        schema = imported_schema(plan.imported["columns"])
+    else:
+        sampling = plan.sampling
+        schema = rollouts_schema(sampling.cuts_distribution, plan.reward is not None, sampling.student_top_k > 0)
     return ShardSet(
         target.rollouts,
         plan.num_shards,
-        rollouts_schema(plan.sampling.cuts_distribution, plan.reward is not None, plan.sampling.student_top_k > 0),
+        schema,
         about,
         stage_command("rollout", target),
     )

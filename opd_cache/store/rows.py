@@ -18,7 +18,12 @@ VALUES_PER_GROUP = 1 << 22  # per column, at full length: 64 responses of 1024 t
 
 def rollouts_schema(with_raw_logprobs: bool, with_reward: bool, with_topk: bool = False) -> pa.Schema:
     chosen = {"raw_logprobs": with_raw_logprobs, "reward": with_reward, **dict.fromkeys(STUDENT_TOPK, with_topk)}
-    return schema.arrow_schema(schema.ROLLOUTS, frozenset(name for name, is_chosen in chosen.items() if is_chosen))
+    return imported_schema(["sampling_logprobs", *(name for name, is_chosen in chosen.items() if is_chosen)])
+
+
+def imported_schema(columns: Iterable[str]) -> pa.Schema:
+    """Of rollouts with these of the optional columns."""
+    return schema.arrow_schema(schema.ROLLOUTS, frozenset(columns))
 
 
 def scores_schema(top_k: int) -> pa.Schema:
@@ -54,8 +59,9 @@ def rollout_batch(rows: Sequence[Rollout], table_schema: pa.Schema) -> pa.Record
         "reward": [r.reward for r in rows],
         "student_topk_ids": [_flat(r.topk_ids) for r in rows],
         "student_topk_logprobs": [_flat(r.topk_logprobs) for r in rows],
+        "loss_mask": [r.loss_mask for r in rows],
     }
-    return _record_batch(columns, table_schema)
+    return record_batch(columns, table_schema)
 
 
 def score_batch(rows: Sequence[Score], table_schema: pa.Schema) -> pa.RecordBatch:
@@ -70,14 +76,15 @@ def score_batch(rows: Sequence[Score], table_schema: pa.Schema) -> pa.RecordBatc
         "topk_ids": [s.topk_ids.reshape(-1) for s in rows],
         "topk_logprobs": [s.topk_logprobs.reshape(-1) for s in rows],
     }
-    return _record_batch(columns, table_schema)
+    return record_batch(columns, table_schema)
 
 
 def _flat(values_RK: npt.NDArray | None) -> npt.NDArray | None:
     return None if values_RK is None else values_RK.reshape(-1)
 
 
-def _record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
+def record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
+    """Values by column, of list columns one array a row, in the order and the types of a schema."""
     arrays = [
         _list_array(list(columns[field.name]), field.type)
         if pa.types.is_list(field.type)
@@ -140,7 +147,8 @@ def row_group(table: pa.Table) -> RowGroup:
 def _lists_of(column: pa.ChunkedArray) -> Lists:
     chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     offsets = chunk.offsets.to_numpy()
-    return Lists(chunk.flatten().to_numpy(zero_copy_only=True), offsets - offsets[0])
+    values = chunk.flatten()  # of booleans, which Arrow packs into bits, a copy
+    return Lists(values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets - offsets[0])
 
 
 def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:
@@ -154,7 +162,8 @@ def rollouts_of(group: RowGroup, top_k: int = 0) -> list[Rollout]:
     absent = [None] * len(table)
     columns = zip(
         *(table[name].to_pylist() for name in ("rollout_id", "prompt_index", "sample_index")),
-        *(lists[name].rows() for name in ("prompt_ids", "response_ids", "sampling_logprobs")),
+        *(lists[name].rows() for name in ("prompt_ids", "response_ids")),
+        lists["sampling_logprobs"].rows() if "sampling_logprobs" in lists else absent,
         *(table[name].to_pylist() for name in ("finish_reason", "policy_version")),
         lists["raw_logprobs"].rows() if "raw_logprobs" in lists else absent,
         table["reward"].to_pylist() if "reward" in table.column_names else absent,
@@ -162,6 +171,7 @@ def rollouts_of(group: RowGroup, top_k: int = 0) -> list[Rollout]:
             lists[name].rows_by_token(lists["response_ids"].offsets, top_k) if name in lists else absent
             for name in STUDENT_TOPK
         ),
+        lists["loss_mask"].rows() if "loss_mask" in lists else absent,
         strict=True,
     )
     return [Rollout(*row) for row in columns]

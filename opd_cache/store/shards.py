@@ -5,7 +5,7 @@ what it was made from and nothing of when or where (that is in logs/).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -157,11 +157,20 @@ class ShardSet:
     def is_sealed(self) -> bool:
         return self.seal_path.exists()
 
-    def publish(self, shard: int, batches: Callable[[], Iterable[pa.RecordBatch]]) -> bool:
-        """Publish one shard; False when another process was first."""
-        return publish_table(
-            self.path(shard), self.schema, batches, {**self.about, "shard": shard, "num_shards": self.num_shards}
-        )
+    def publish(
+        self, shard: int, batches: Callable[[], Iterable[pa.RecordBatch]], figures: Mapping[str, float] | None = None
+    ) -> bool:
+        """Publish one shard; False when another process was first.
+
+        figures: sums over the shard's rows for its footer and the seal, known when the last batch is.
+        """
+        footer = {
+            **self.about,
+            "shard": shard,
+            "num_shards": self.num_shards,
+            "figures": {} if figures is None else figures,
+        }
+        return publish_table(self.path(shard), self.schema, batches, footer)
 
     def open(self, shard: int) -> pq.ParquetFile:
         """Open a shard and check that it is this shard of this plan. Raises MismatchError, CorruptShardError."""
@@ -216,6 +225,7 @@ class ShardSet:
     def _described(self, shard: int) -> dict[str, Any]:
         path = self.path(shard)
         with self.open(shard) as file:
+            figures = footer_of(file, path).get("figures")
             columns = [
                 read_row_group(file, path, group, ["num_response_tokens"]) for group in range(file.num_row_groups)
             ]
@@ -225,6 +235,7 @@ class ShardSet:
             "tokens": sum(sum(column["num_response_tokens"].to_pylist()) for column in columns),
             "bytes": path.stat().st_size,
             "sha256": digest_file(path),
+            **({"figures": figures} if figures else {}),
         }
 
     def open_seal(self) -> str:

@@ -79,14 +79,31 @@ def _student(found: RunFiles, raw: str, sampling: str) -> str:
     return f"coalesce({raw}, {sampling})" if any(cuts) else sampling
 
 
+def _has_masks(found: RunFiles) -> bool:
+    return any("loss_mask" in (stage.facts.get("imported") or {}).get("columns", ()) for stage in found.rollouts)
+
+
 def _samples(found: RunFiles, schema: str) -> str:
     student = _student(found, "r.raw_logprobs", "r.sampling_logprobs")
+    mask, count = "r.loss_mask[:s.num_scored_tokens]", "s.num_scored_tokens"
+    has_masks = _has_masks(found)
+
+    def sampled(values: str) -> str:
+        """Of these, one a scored token, those that the student sampled."""
+        return (
+            f"CASE WHEN r.loss_mask IS NULL THEN {values} ELSE list_where({values}, {mask}) END"
+            if has_masks
+            else values
+        )
+
+    if has_masks:
+        count = f"CASE WHEN r.loss_mask IS NULL THEN {count} ELSE len(list_where({mask}, {mask}))::INTEGER END"
     scored = f"CASE WHEN len({student}) = s.num_scored_tokens THEN {student} ELSE {student}[:s.num_scored_tokens] END"
     return f"""
         SELECT r.episode, r.rollout_id, s.teacher, r.prompt_index, r.sample_index, r.policy_version,
-            r.num_prompt_tokens, r.num_response_tokens, s.num_scored_tokens, r.finish_reason, r.reward, s.error,
-            list_sum({scored}) - list_sum(s.teacher_logprobs) AS reverse_kl_sum,
-            reverse_kl_sum / s.num_scored_tokens AS reverse_kl_mean,
+            r.num_prompt_tokens, r.num_response_tokens, {count} AS num_scored_tokens, r.finish_reason, r.reward, s.error,
+            list_sum({sampled(scored)}) - list_sum({sampled("s.teacher_logprobs")}) AS reverse_kl_sum,
+            reverse_kl_sum / {count} AS reverse_kl_mean,
             list_min(s.teacher_logprobs) AS teacher_logprob_min,
             p.text AS prompt_text, r.response_text
         FROM (
@@ -105,6 +122,10 @@ def _tokens(found: RunFiles, schema: str) -> str:
     mass = "list_sum([exp(x::DOUBLE) FOR x IN topk_logprobs])"
     tail = f"(1 - least({mass}, {LARGEST_MASS}))"
     listed = "list_sum([CASE WHEN isinf(x) THEN 0 ELSE exp(x::DOUBLE) * x END FOR x IN topk_logprobs])"
+    is_sampled, advantage = "true", "teacher_logprob - student_logprob"
+    if _has_masks(found):
+        is_sampled = "unnest(coalesce(r.loss_mask, [true FOR id IN r.response_ids]))"
+        advantage = f"CASE WHEN is_sampled THEN {advantage} END"
     return f"""
         WITH unnested AS (
             SELECT r.episode, r.rollout_id, s.teacher, r.prompt_index, r.sample_index, r.policy_version,
@@ -112,6 +133,7 @@ def _tokens(found: RunFiles, schema: str) -> str:
                 s.topk_ids AS listed_ids, s.topk_logprobs AS listed_logprobs,
                 unnest(range(r.num_response_tokens)) AS position,
                 unnest(r.response_ids) AS token_id,
+                {is_sampled} AS is_sampled,
                 unnest(r.sampling_logprobs) AS sampling_logprob,
                 unnest({_student(found, "r.raw_logprobs", "r.sampling_logprobs")}) AS student_logprob,
                 unnest(s.teacher_logprobs) AS teacher_logprob,
@@ -125,8 +147,8 @@ def _tokens(found: RunFiles, schema: str) -> str:
             FROM unnested {_texts(schema)}
         )
         SELECT episode, rollout_id, teacher, prompt_index, sample_index, policy_version, num_response_tokens,
-            finish_reason, position::INTEGER AS position, token_id, text, sampling_logprob, student_logprob,
-            teacher_logprob, teacher_logprob - student_logprob AS advantage, teacher_rank,
+            finish_reason, position::INTEGER AS position, token_id, is_sampled, text, sampling_logprob, student_logprob,
+            teacher_logprob, {advantage} AS advantage, teacher_rank,
             -({listed} + {tail} * ln{tail}) AS teacher_entropy,
             list_contains(topk_ids, token_id) AS is_in_topk, topk_ids, topk_logprobs
         FROM measured"""

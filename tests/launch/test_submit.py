@@ -99,6 +99,23 @@ def test_a_poisoned_prompt_stops_what_follows_is_named_and_alone_sent_again(
     assert data_files(run.run) == data_files(unpoisoned)
 
 
+def test_a_stop_by_health_ends_the_chain_once_and_for_all(new_run: Callable[..., Submitted]) -> None:
+    stops = ("health.truncated_share=0", "health.fail_on=[truncated_share]")
+    run = new_run(*SMALL, *stops, "rollout.stop_token_ids=[1]", "cluster.learn.nodes=1")
+    assert run.sent() == {"rollout 0": "0-3", "score 0": "0-3", "learn 0": "0"}
+    run.wait()
+    assert [row["stage"] for row in run.status()] == ["score", "learn"]
+    (sealing,) = [log for log in RunDir(run.run).job_logs.iterdir() if "UnhealthyError" in log.read_text()]
+    assert sealing.read_text().count("ended with status 3") == 1
+    assert "queued again" not in sealing.read_text()
+    assert "truncated_share = " in run.command("status", str(run.run))
+    assert "UnhealthyError: episode 0 rollout: truncated_share" in run.command("submit", *run.arguments, status=3)
+    run.arguments = (*run.arguments, "health.fail_on=null")
+    assert run.sent() == {"score 0": "0-3", "learn 0": "0"}
+    run.wait()
+    assert run.status() == []
+
+
 def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
     new_run: Callable[..., Submitted], unpoisoned: Path
 ) -> None:
