@@ -81,7 +81,7 @@ def _asked(arguments: tuple[str, ...], named: tuple[str, ...], example: str | No
         wanted = " ".join([*(() if named else ("RUN",)), *(() if example else ("SQL",))]) or "nothing"
         raise click.UsageError(f"found {len(arguments)} arguments, expected {wanted}.", click.get_current_context())
     if not example:
-        return (_named_runs(named) if named else arguments[0]), arguments[-1]
+        return (named_runs(named) if named else arguments[0]), arguments[-1]
     from opd_cache.queries import example_sql
 
     if named:
@@ -89,7 +89,8 @@ def _asked(arguments: tuple[str, ...], named: tuple[str, ...], example: str | No
     return arguments[0], example_sql(example)
 
 
-def _named_runs(named: tuple[str, ...]) -> dict[str, str]:
+def named_runs(named: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=PATH` of every --run. Raises ConfigError."""
     runs: dict[str, str] = {}
     for one in named:
         name, sign, path = one.partition("=")
