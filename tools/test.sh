@@ -16,6 +16,8 @@ has strace || apt-get install -y -q strace >/dev/null 2>&1 ||
 { has slurmctld && has slurmd && has munged && has sbatch; } ||
     { apt-get update -q && apt-get install -y -q munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 ||
     echo "Slurm is not installed: the tests that need one are skipped" >&2
+has chromium || { apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1 ||
+    echo "Chromium is not installed: the tests of pages in a browser are skipped" >&2
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

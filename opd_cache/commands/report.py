@@ -1,6 +1,7 @@
 """opd-cache report and opd-cache serve."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,7 @@ def serve(
 
     runs = _opened(run_dir, named, partial, Limits(memory, timeout))
     with PageServer(runs, host, port) as server:
+        runs.watch()
         if not server.is_local:
             click.echo(f"--host {host}: whoever reaches this machine and learns the address can read the run; it is not encrypted.", err=True)  # fmt: skip
         click.echo(json.dumps({"url": server.url}) if as_json else f"open {server.url}\nCtrl-C ends it.")
@@ -91,6 +93,7 @@ def serve(
             server.serve_forever()
         except KeyboardInterrupt:
             click.echo("ended.", err=True)
+            os._exit(0)  # nothing is being written; threads inside DuckDB would hold up an orderly end, or abort it
 
 
 def _opened(run_dir: Path, named: tuple[str, ...], partial: bool, limits: Limits) -> "Runs":
@@ -100,7 +103,7 @@ def _opened(run_dir: Path, named: tuple[str, ...], partial: bool, limits: Limits
     from opd_cache.report.pages import Runs
 
     runs = Runs({name: run_dir, **{other: Path(path) for other, path in others.items()}}, partial, limits)
-    runs.open()
+    runs.check()
     return runs
 
 

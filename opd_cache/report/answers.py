@@ -14,19 +14,17 @@ MAX_ROWS = 1_000
 LARGEST_INTEGER = 2**53  # beyond it JavaScript rounds
 
 
-def answer_query(
-    runs: str | Path | dict[str, Path], sql: str, partial: bool, limits: Limits, max_rows: int = MAX_ROWS
-) -> dict[str, Any]:
+def answer_query(runs: str | Path | dict[str, Path], sql: str, partial: bool, limits: Limits) -> dict[str, Any]:
     """Columns and the first rows of one SELECT; `more` says that there were others. Raises ConfigError in one line."""
     from opd_cache.store.query import open_query
 
     start = time.monotonic()
     with open_query(runs, sql, partial=partial, limits=limits) as answer:
-        rows = [list(row) for row in islice(answer.rows(), max_rows + 1)]
+        rows = [list(row) for row in islice(answer.rows(), MAX_ROWS + 1)]
         return {
             "columns": answer.columns,
-            "rows": rows[:max_rows],
-            "more": len(rows) > max_rows,
+            "rows": rows[:MAX_ROWS],
+            "more": len(rows) > MAX_ROWS,
             "seconds": round(time.monotonic() - start, 3),
             "left_out": answer.left_out,
         }

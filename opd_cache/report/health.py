@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opd_cache.errors import OpdCacheError
 from opd_cache.report.live import LiveRun
 from opd_cache.run_dir import EPISODE_FOLDER, PLAN, RunDir
 from opd_cache.status import asked_teachers, evaluated_subjects, failed_shards, score_folders
@@ -22,18 +23,26 @@ FAILURE = ("file", "stage", "error", "message", "time", "host", "pid")
 
 
 def run_health(run: LiveRun) -> dict[str, Any]:
-    """Lists of rows, each empty where all is well; `shards` counts what is sealed."""
-    state, directory = run.state(), RunDir(run.path)
-    (counted,) = state.rows("SELECT count(*) AS shards, count(seconds) AS with_seconds FROM shards WHERE is_sealed")
+    """Lists of rows, each empty where all is well; `shards` counts what is sealed, `fault` is why no view can be read."""
+    directory = RunDir(run.path)
     return {
         "name": run.name,
-        **counted,
+        **_measured(run),
         "gaps": gaps(directory),
         "failed": [{key: note.get(key) for key in FAILURE} for note in failed_shards(directory)],
-        "slow": state.rows(SLOW),
         "left_out": run.left_out,
         "moved_aside": moved_aside(directory),
     }
+
+
+def _measured(run: LiveRun) -> dict[str, Any]:
+    """What the views say of the shards. They cannot be read where a sealed file is gone or damaged."""
+    try:
+        state = run.state()
+        (counted,) = state.rows("SELECT count(*) AS shards, count(seconds) AS with_seconds FROM shards WHERE is_sealed")
+        return {**counted, "slow": state.rows(SLOW), "fault": None}
+    except OpdCacheError as error:
+        return {"shards": None, "with_seconds": None, "slow": [], "fault": str(error)}
 
 
 def gaps(run: RunDir) -> list[dict[str, Any]]:

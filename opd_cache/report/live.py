@@ -100,10 +100,9 @@ class RunState:
 
     def warm(self) -> None:
         """Fill what the first page and the first search would wait for, then let go of the state before."""
-        with contextlib.suppress(OpdCacheError):  # who asks for it is told
-            self.keep("sample_rows")
-            if self.keeps_texts:
-                self.keep("sample_texts")
+        self.keep("sample_rows")
+        if self.keeps_texts:
+            self.keep("sample_texts")
         self._previous = None
 
 
@@ -116,23 +115,39 @@ class LiveRun:
         self._lock = threading.Lock()
         self._checked = 0.0
         self._state: RunState | None = None
+        self._is_watched = False
+
+    def files(self) -> RunFiles:
+        """What is sealed now. Raises MissingInputError, MismatchError."""
+        found = find_files(RunDir(self.path.absolute()), self.partial)
+        self.left_out = [one.text for one in found.left_out]
+        return found
+
+    def watch(self) -> None:
+        """From now on what a page would wait for is made ready in the background."""
+        self._is_watched = True
+        threading.Thread(target=self._warm, daemon=True).start()
+
+    def _warm(self) -> None:
+        with contextlib.suppress(OpdCacheError):  # who asks for the run is told
+            self.state().warm()
 
     def state(self) -> RunState:
         """What is sealed now, looked up again every two seconds. Raises what `opd_cache.connect` raises."""
         with self._lock:
             if self._state is not None and time.monotonic() - self._checked < RECHECK_S:
                 return self._state
-            found = find_files(RunDir(self.path.absolute()), self.partial)
-            self.left_out = [one.text for one in found.left_out]
+            found = self.files()
             if self._state is None or state_key(found) != self._state.key:
-                self._state = RunState(found, self.limits, self.partial, self._state)
-                threading.Thread(target=self._state.warm, daemon=True).start()
+                before, self._state = self._state, RunState(found, self.limits, self.partial, self._state)
+                if self._is_watched and before is not None:
+                    threading.Thread(target=self._warm, daemon=True).start()
             self._checked = time.monotonic()
             return self._state
 
     def key(self) -> str:
         """Differs whenever a page would: by what is sealed, by what is on its way to it, by what has failed."""
-        sealed = self.state().key
+        sealed = state_key(self.files())
         return _digest([sealed, self.left_out, [note["file"] for note in failed_shards(RunDir(self.path))]])
 
 

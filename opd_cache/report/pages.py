@@ -22,10 +22,15 @@ class Runs:
         self.partial, self.limits = partial, limits
         self.by_name = {name: LiveRun(name, path, partial, limits) for name, path in paths.items()}
 
-    def open(self) -> None:
-        """Look at every run once. Raises what `opd_cache.connect` raises."""
+    def check(self) -> None:
+        """Look at every run once. Raises MissingInputError, MismatchError."""
         for run in self.by_name.values():
-            run.state()
+            run.files()
+
+    def watch(self) -> None:
+        """Make ready what pages will ask for, now and whenever a run has gone on."""
+        for run in self.by_name.values():
+            run.watch()
 
     def named(self, name: str) -> LiveRun:
         """Raises ConfigError where the page does not show it."""

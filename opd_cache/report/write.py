@@ -14,7 +14,7 @@ from opd_cache.report.samples import sample_choices, with_texts
 
 RESPONSE_CHARS = 2_800_000  # of JSON, for all runs together
 MAX_EPISODES = 40  # of which responses are chosen, evenly over the run
-MAX_TOKENS, MAX_TOPK, MAX_ROWS = 4_000, 8, 200
+MAX_TOKENS, MAX_TOPK = 4_000, 8
 FOLLOWED = 6  # prompts shown in every episode that sampled them
 ORDERS = {
     "worst": ("reverse_kl_mean DESC NULLS LAST", 3),
@@ -47,7 +47,7 @@ def num_steps(runs: Runs) -> int:
 def _ready_answer(runs: Runs, run: LiveRun, name: str, advance: Advance) -> dict[str, Any]:
     """Its rows, or why there are none within the limits."""
     try:
-        return answer_query(run.path, example_sql(name), runs.partial, runs.limits, MAX_ROWS)
+        return answer_query(run.path, example_sql(name), runs.partial, runs.limits)
     except ConfigError as error:
         return {"error": str(error)}
     finally:

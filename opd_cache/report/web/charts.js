@@ -2,10 +2,10 @@
 
 import uPlot from "uplot";
 
-import { asNumber, el, missing } from "opd/dom.js";
+import { asNumber, el, missing, short } from "opd/dom.js";
 import { dataTable } from "opd/table.js";
 
-const HEIGHT = 210;
+const HEIGHT = 226;
 const FEW_POINTS = 60; // up to so many get a dot each
 const COLORS = 8; // of the style sheet: --series-1 to --series-8
 const DASHES = [[], [7, 5], [2, 4], [10, 4, 2, 4]];
@@ -31,9 +31,9 @@ export const seriesColor = (index) => `--series-${(index % COLORS) + 1}`;
 
 /**
  * A figure. series: {label, x, y, color, dash}, each with places of its own; color and dash are numbers. format(value)
- * writes a value. Returns null where no series has a value.
+ * writes a value, isShare has the axis in per cent. Returns null where no series has a value.
  */
-export function lineChart({ title, note, xLabel, series, format, fromZero = false }) {
+export function lineChart({ title, note, xLabel, series, format, fromZero = false, isShare = false }) {
   const kept = series
     .map((one) => ({ ...one, y: (one.y ?? []).map(asNumber) }))
     .filter((one) => one.y.some((value) => value !== null && Number.isFinite(value)));
@@ -44,10 +44,10 @@ export function lineChart({ title, note, xLabel, series, format, fromZero = fals
   const legend = kept.map((one) => legendEntry(one, format));
   const state = { element: plotBox, plot: null };
   legend.forEach((entry, index) => entry.button.addEventListener("click", () => toggle(state, entry, index)));
-  const build = (width) => makePlot(plotBox, width, aligned, kept, { legend, where, xLabel, format, fromZero });
+  const build = (width) => makePlot(plotBox, width, aligned, kept, { legend, where, xLabel, format, fromZero, isShare });
   fitted(state, build);
   return el("figure", { class: "card chart" },
-    el("figcaption", {}, el("h2", {}, title), el("p", { class: "note" }, note)),
+    el("figcaption", {}, el("h2", {}, title), note ? el("p", { class: "note" }, note) : null),
     el("div", { class: "legend" }, legend.map((entry) => entry.button), where),
     plotBox,
     numbers(title, xLabel, aligned, kept, format));
@@ -63,7 +63,7 @@ function fitted(state, build) {
   }).observe(state.element);
 }
 
-function makePlot(box, width, aligned, series, { legend, where, xLabel, format, fromZero }) {
+function makePlot(box, width, aligned, series, { legend, where, xLabel, format, fromZero, isShare }) {
   const axis = { stroke: () => color("--soft"), grid: { stroke: () => color("--grid"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
   const isFew = aligned[0].length <= FEW_POINTS;
   const options = {
@@ -81,13 +81,15 @@ function makePlot(box, width, aligned, series, { legend, where, xLabel, format, 
       points: { show: isFew, size: 5, fill: () => color(seriesColor(one.color)) },
     }))],
     axes: [
-      { ...axis, size: 32, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6] },
-      { ...axis, size: 62, values: (_, values) => values.map(format) },
+      { ...axis, size: 26, label: xLabel, labelSize: 18, labelFont: axis.font, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6] },
+      { ...axis, size: 56, values: (_, values) => values.map((value) => (isShare ? `${tick(value * 100)} %` : short(value))) },
     ],
     hooks: { setCursor: [(plot) => tell(plot.cursor.idx, aligned, legend, where, xLabel, format)] },
   };
   return new uPlot(options, aligned, box);
 }
+
+const tick = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
 
 const padded = (_, low, high) => [low - Math.max(0.5, (high - low) * 0.01), high + Math.max(0.5, (high - low) * 0.01)];
 

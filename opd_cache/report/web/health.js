@@ -11,10 +11,11 @@ export async function showHealth(_, { source }) {
 }
 
 function runHealth(run, isNamed) {
-  const problems = run.gaps.length + run.failed.length;
+  const problems = run.fault !== null || run.gaps.length + run.failed.length > 0;
   const summary = problems ? `${count(run.gaps.length)} stages with gaps, ${count(run.failed.length)} failed shards` : `All ${count(run.shards)} shards of what has begun are there and sealed.`;
   return [
     isNamed ? el("h2", { class: "run-name" }, run.name) : null,
+    run.fault === null ? null : el("p", { class: "error", role: "alert" }, run.fault),
     el("p", { class: problems ? "verdict warn" : "verdict good" }, summary),
     part("Gaps", "Stages that lack shards or their seal. A stage that is running shows up here, too; the stage's command makes what is missing.", gapTable(run)),
     part("Failed shards", "They failed for good; the stage's command tries them again.", failedTable(run)),

@@ -31,21 +31,21 @@ function styled(runs, named) {
   return runs.flatMap((run, number) => named(run).map((one, index) => ({
     ...one,
     label: runs.length > 1 ? `${run.name}: ${one.label}` : one.label,
-    color: runs.length > 1 ? number : index,
-    dash: runs.length > 1 ? index : 0,
+    color: runs.length > 1 ? number : one.color ?? index,
+    dash: runs.length > 1 ? index : one.dash ?? 0,
   })));
 }
 
 function chartsOf(runs) {
   const series = (named) => styled(runs, named);
   return [
-    { title: "Accuracy", note: "Share of held-out prompts that are answered right, by policy version.", xLabel: "policy", format: percent, series: series(accuracies) },
+    { title: "Accuracy", note: "Share of held-out prompts that are answered right, by policy version.", xLabel: "policy version", format: percent, isShare: true, series: series(accuracies) },
     { title: "Reverse KL", note: "Nats a token, lower is nearer the teacher: on each episode's rollouts, and on held-out prompts.", xLabel: "episode", format: nats, fromZero: true, series: series(divergences) },
     { title: "Reverse KL by step", note: "Nats a token on the batch of every optimizer step.", xLabel: "step", format: nats, fromZero: true, series: series((run) => [{ label: "reverse KL", ...pick(run.steps, "step", "reverse_kl") }]) },
     { title: "Entropy", note: "Nats: the student's next-token distribution in every step.", xLabel: "step", format: nats, fromZero: true, series: series((run) => [{ label: "student", ...pick(run.steps, "step", "entropy") }]) },
     { title: "Teacher's entropy", note: "Nats, a lower bound from its cached top-k, on some responses of every episode.", xLabel: "episode", format: nats, fromZero: true, series: series((run) => byTeacher(run.teacher_entropy, "entropy")) },
     { title: "Response length", note: "Tokens: the mean, and what 95 of 100 responses stay within.", xLabel: "episode", format: short, fromZero: true, series: series((run) => [{ label: "mean", ...pick(run.episodes, "episode", "mean_tokens") }, { label: "95th percentile", ...pick(run.episodes, "episode", "p95_tokens") }]) },
-    { title: "Truncated", note: "Share of responses that were cut before their EOS.", xLabel: "episode", format: percent, fromZero: true, series: series((run) => [{ label: "truncated", ...pick(run.episodes, "episode", "truncated_share") }]) },
+    { title: "Truncated", note: "Share of responses that were cut before their EOS.", xLabel: "episode", format: percent, isShare: true, fromZero: true, series: series((run) => [{ label: "truncated", ...pick(run.episodes, "episode", "truncated_share") }]) },
     { title: "Reward", note: "Mean task reward of every episode's rollouts.", xLabel: "episode", format: nats, series: series((run) => byTeacher(run.scored, "reward").slice(0, 1)) },
     { title: "Speed", note: "Response tokens a second and process, by stage.", xLabel: "episode", format: short, fromZero: true, series: series((run) => distinct(run.speed.stage).map((stage) => ({ label: stage, ...pick(run.speed, "episode", "tokens_per_s", (row) => run.speed.stage[row] === stage) }))) },
   ];
@@ -62,11 +62,11 @@ function byTeacher(columns, key) {
 function accuracies(run) {
   const evals = run.evals;
   const versions = distinct(evals.policy_version).filter((version) => version !== null);
-  return distinct(evals.mode).flatMap((mode) => {
-    const student = { label: mode, ...pick(evals, "policy_version", "accuracy", (row) => evals.mode[row] === mode) };
+  return distinct(evals.mode).flatMap((mode, color) => {
+    const student = { label: mode, color, ...pick(evals, "policy_version", "accuracy", (row) => evals.mode[row] === mode) };
     const teachers = distinct(evals.subject).filter((subject) => subject.startsWith("teacher=")).map((subject) => {
       const row = evals.subject.findIndex((one, index) => one === subject && evals.mode[index] === mode);
-      return { label: `${subject.slice("teacher=".length)}, ${mode}`, x: versions, y: versions.map(() => (row < 0 ? null : evals.accuracy[row])) };
+      return { label: `teacher ${subject.slice("teacher=".length)}, ${mode}`, color, dash: 1, x: versions, y: versions.map(() => (row < 0 ? null : evals.accuracy[row])) };
     });
     return [student, ...teachers];
   });
@@ -96,7 +96,8 @@ function figures(run) {
     tokens: { label: "Response tokens", now: count(run.response_tokens) },
     greedy: change("Greedy accuracy", accuracyOf(run, "greedy"), percent),
     sampled: change("Sampled accuracy", accuracyOf(run, "sampled"), percent),
-    kl: held[0] === null ? change("Reverse KL, rollouts", rolled, nats) : change("Reverse KL, held-out", held, nats),
+    rolled: change("Reverse KL, rollouts", rolled, nats),
+    held: change("Reverse KL, held-out", held, nats),
     truncated: change("Truncated", firstAndLast(pick(run.episodes, "episode", "truncated_share")), percent),
     cache: { label: "Cache", now: run.response_tokens ? `${fixed(bytes / run.response_tokens, 1)} B` : missing, before: "a response token" },
   };

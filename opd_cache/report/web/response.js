@@ -30,6 +30,7 @@ export async function showResponse(params, context) {
   view.choose(Math.max(0, Number(params.token ?? worstOf(tokens))), false);
   return [
     heading(`Rollout ${found.rollout_id}`, el("a", { href: linkTo("samples", { run, prompt: found.prompt_index }) }, "all samples of this prompt")),
+    params.rollout ? null : el("p", { class: "note" }, "Of the last episode's responses the one that is farthest from the teacher. Others are chosen among the samples."),
     facts(found),
     teacherChoice(found, place),
     steps.element,
@@ -171,23 +172,30 @@ function onOtherLine(options, chosen, step) {
   return best;
 }
 
-/** Links to all samples of the prompt, episode by episode; go(±1) follows the one before or after. */
+/** Links to all samples of the prompt, episode by episode; go(±1) follows the episode before or after. */
 function stepper(found, { run }, source) {
   const isShown = (one) => source.isLive || source.has(run, one);
-  const linked = found.siblings.filter(isShown);
-  const here = linked.findIndex((one) => one.episode === found.episode && one.rollout_id === found.rollout_id);
+  const isHere = (one) => one.episode === found.episode && one.rollout_id === found.rollout_id;
+  const here = found.siblings.find(isHere);
   const address = (one) => linkTo("response", { run, episode: one.episode, rollout: one.rollout_id, teacher: one.teacher });
+  const neighbour = (step) => {
+    const others = found.siblings.filter((one) => isShown(one) && (one.episode - found.episode) * step > 0);
+    const nearest = Math.min(...others.map((one) => Math.abs(one.episode - found.episode)));
+    const near = others.filter((one) => Math.abs(one.episode - found.episode) === nearest);
+    return near.find((one) => one.sample_index === here?.sample_index) ?? near[0];
+  };
   const go = (step) => {
-    const other = linked[here + step];
+    const other = neighbour(step);
     if (other) location.hash = address(other);
   };
-  const button = (label, step) => el("button", { type: "button", class: "quiet", disabled: !linked[here + step], on: { click: () => go(step) } }, label);
+  if (found.siblings.length < 2) return { element: el("p", { class: "note" }, "This prompt has no other sample in this run."), go };
+  const button = (label, step) => el("button", { type: "button", class: "quiet", disabled: !neighbour(step), on: { click: () => go(step) } }, label);
   const entry = (one) => {
     const words = [el("b", {}, `episode ${one.episode}`), one.sample_index ? ` #${one.sample_index}` : "", ` ${fixed(one.reverse_kl_mean, 2)}`];
-    const isHere = one === linked[here];
-    return el("li", {}, isShown(one) ? el("a", { href: address(one), "aria-current": isHere ? "true" : null }, words) : el("span", { title: "not in this report" }, words));
+    return el("li", {}, isShown(one) ? el("a", { href: address(one), "aria-current": isHere(one) ? "true" : null }, words) : el("span", { title: "not in this report" }, words));
   };
-  const element = el("nav", { class: "stepper", "aria-label": "This prompt in other episodes; numbers are reverse KL in nats a token" },
-    button("← Before", -1), el("ol", {}, found.siblings.map(entry)), button("After →", 1));
+  const list = el("ol", {}, found.siblings.map(entry));
+  requestAnimationFrame(() => list.querySelector("[aria-current]")?.scrollIntoView({ inline: "center", block: "nearest" }));
+  const element = el("nav", { class: "stepper", "aria-label": "This prompt in other episodes; numbers are reverse KL in nats a token" }, button("← Before", -1), list, button("After →", 1));
   return { element, go };
 }

@@ -5,7 +5,6 @@ import { dataTable } from "opd/table.js";
 
 const FIELDS = ["episode", "prompt", "finish", "teacher", "chosen", "kl_min", "kl_max", "text"];
 const KINDS = { worst: "farthest from the teacher", best: "nearest", longest: "longest", random: "random", followed: "a prompt through the episodes" };
-const LARGE_KL = 2; // nats a token: a full bar
 
 export async function showSamples(params, context) {
   const { source, about } = context;
@@ -76,13 +75,14 @@ function resultParts(page, asked, choices, { source }, update) {
 }
 
 function columnsOf(rows, run, choices, source) {
+  const largest = Math.max(...rows.map((row) => row.reverse_kl_mean ?? 0));
   const place = (row) => ({ run, episode: row.episode, rollout: row.rollout_id, teacher: row.teacher });
   return [
     { key: "rollout_id", label: "Rollout", sortable: true, show: (row) => el("a", { href: linkTo("response", place(row)) }, row.rollout_id) },
     { label: "Prompt and response", class: "texts", show: (row) => [el("span", { class: "prompt" }, row.prompt_text), el("span", { class: "response" }, row.response_text)] },
-    { key: "num_response_tokens", label: "Tokens", numeric: true, sortable: true, show: (row) => count(row.num_response_tokens) },
-    { key: "finish_reason", label: "Finish", sortable: true, show: (row) => el("span", { class: row.finish_reason === "length" ? "tag warn" : "tag" }, row.finish_reason) },
-    { key: "reverse_kl_mean", label: "Reverse KL", numeric: true, sortable: true, show: divergence },
+    { key: "num_response_tokens", label: "Tokens", numeric: true, sortable: true, class: "spare", show: (row) => count(row.num_response_tokens) },
+    { key: "finish_reason", label: "Finish", sortable: true, class: "spare", show: (row) => el("span", { class: row.finish_reason === "length" ? "tag warn" : "tag" }, row.finish_reason) },
+    { key: "reverse_kl_mean", label: "Reverse KL", numeric: true, sortable: true, show: (row) => divergence(row, largest) },
     { key: "reverse_kl_sum", label: "in all", numeric: true, sortable: true, class: "spare", show: (row) => fixed(row.reverse_kl_sum, 2) },
     { key: "teacher_logprob_min", label: "Worst token", numeric: true, sortable: true, class: "spare", show: (row) => fixed(row.teacher_logprob_min, 2) },
     choices.has_rewards ? { key: "reward", label: "Reward", numeric: true, sortable: true, show: (row) => fixed(row.reward, 2) } : null,
@@ -91,9 +91,9 @@ function columnsOf(rows, run, choices, source) {
   ].filter((column) => column !== null);
 }
 
-function divergence(row) {
+function divergence(row, largest) {
   if (row.error) return el("span", { class: "tag warn", title: row.error }, "not scored");
-  const part = Math.min(1, Math.max(0, (row.reverse_kl_mean ?? 0) / LARGE_KL));
+  const part = Math.max(0, (row.reverse_kl_mean ?? 0) / (largest || 1));
   return [el("span", { class: "bar small", "aria-hidden": "true", vars: { "--part": part } }), fixed(row.reverse_kl_mean)];
 }
 

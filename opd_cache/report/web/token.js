@@ -2,6 +2,8 @@
 
 import { asNumber, el, fixed, missing, probability, signed, visible } from "opd/dom.js";
 
+const MINOR = { place: true, "token id": true }; // left out where there is little room
+
 export function tokenDetails(token, response) {
   const facts = [
     ["teacher − student", token.advantage === null ? "not scored" : `${signed(token.advantage, 3)} nats`],
@@ -14,7 +16,7 @@ export function tokenDetails(token, response) {
   ];
   return [
     el("h2", { class: "the-token" }, el("code", {}, visible(token.text))),
-    el("dl", {}, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
+    el("dl", {}, facts.map(([name, value]) => el("div", { class: name in MINOR ? "spare" : null }, el("dt", {}, name), el("dd", {}, value)))),
     alternatives(token),
   ];
 }
