@@ -89,7 +89,7 @@ def _siblings_of(state: RunState, rows: list[dict[str, Any]]) -> list[dict[str, 
 def chosen_rows(state: RunState) -> list[dict[str, Any]]:
     """Rows of sample_rows with `chosen`: the extremes and random ones of every episode, and prompts followed through all.
 
-    The most telling of each come first. A response chosen twice is there once.
+    The most telling of each come first; `chosen` names all reasons.
     """
     table = state.keep("sample_rows")
     kinds = [
@@ -100,12 +100,10 @@ def chosen_rows(state: RunState) -> list[dict[str, Any]]:
         SELECT near.*, 'followed' AS chosen, 1 AS place FROM near WHERE sample_index = 0 AND prompt_index IN (
             SELECT prompt_index FROM near GROUP BY prompt_index HAVING count(DISTINCT episode) > 1
             ORDER BY count(DISTINCT episode) DESC, hash(prompt_index) LIMIT {FOLLOWED})"""
-    rows = state.rows(f"""
+    return state.rows(f"""
         WITH numbered AS (SELECT *, dense_rank() OVER (ORDER BY episode) - 1 AS turn FROM {table}),
         counted AS (SELECT greatest(1, ceil((max(turn) + 1) / {MAX_EPISODES}))::INTEGER AS every, max(turn) AS last FROM numbered),
         near AS (SELECT numbered.* EXCLUDE (turn) FROM numbered, counted WHERE turn % every = 0 OR turn = last),
         chosen AS ({" UNION ALL ".join([*kinds, followed])})
-        SELECT * EXCLUDE (place) FROM chosen
-        QUALIFY row_number() OVER (PARTITION BY episode, rollout_id, teacher ORDER BY place, chosen) = 1
-        ORDER BY place, episode, chosen, rollout_id""")
-    return rows
+        SELECT * EXCLUDE (chosen, place), string_agg(DISTINCT chosen, ', ' ORDER BY chosen) AS chosen, min(place) AS place
+        FROM chosen GROUP BY ALL ORDER BY place, episode, chosen, rollout_id""")

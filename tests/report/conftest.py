@@ -79,10 +79,10 @@ def browser() -> Iterator[object]:
 
 
 class Complaints(list):
-    """What a page's console and its policy say."""
+    """What a page's console and its policy say, but for answers of the server that refuse something."""
 
     def watch(self, page: object) -> None:
-        page.on("console", lambda message: self.append(message.text))
+        page.on("console", lambda message: "/api/" in message.location["url"] or self.append(message.text))
         page.on("pageerror", lambda error: self.append(str(error)))
 
 

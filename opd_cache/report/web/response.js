@@ -195,7 +195,11 @@ function stepper(found, { run }, source) {
     return el("li", {}, isShown(one) ? el("a", { href: address(one), "aria-current": isHere(one) ? "true" : null }, words) : el("span", { title: "not in this report" }, words));
   };
   const list = el("ol", {}, found.siblings.map(entry));
-  requestAnimationFrame(() => list.querySelector("[aria-current]")?.scrollIntoView({ inline: "center", block: "nearest" }));
+  requestAnimationFrame(() => {
+    // Not by scrollIntoView, which would also move where the Tab key goes on from.
+    const current = list.querySelector("[aria-current]");
+    if (current) list.scrollLeft = current.offsetLeft - list.offsetLeft - (list.clientWidth - current.offsetWidth) / 2;
+  });
   const element = el("nav", { class: "stepper", "aria-label": "This prompt in other episodes; numbers are reverse KL in nats a token" }, button("← Before", -1), list, button("After →", 1));
   return { element, go };
 }

@@ -74,10 +74,11 @@ function page(shown, params) {
 }
 
 function matches(row, shown, params) {
-  const exact = { episode: "episode", prompt: "prompt_index", teacher: "teacher", finish: "finish_reason", chosen: "chosen" };
+  const exact = { episode: "episode", prompt: "prompt_index", teacher: "teacher", finish: "finish_reason" };
   for (const [name, column] of Object.entries(exact)) {
     if (params[name] && String(row[column]) !== params[name]) return false;
   }
+  if (params.chosen && !row.chosen.split(", ").includes(params.chosen)) return false;
   if (params.kl_min && !(row.reverse_kl_mean >= Number(params.kl_min))) return false;
   if (params.kl_max && !(row.reverse_kl_mean <= Number(params.kl_max))) return false;
   return !params.text || texts(row, shown).some((text) => text.toLowerCase().includes(params.text.toLowerCase()));

@@ -1,7 +1,7 @@
 // The SQL box. A report has no database: it shows the answers of the ready queries.
 
 import { lineChart } from "opd/charts.js";
-import { announce, asNumber, cell, choice, chosenRun, count, el, field, heading, linkTo } from "opd/dom.js";
+import { asNumber, cell, choice, chosenRun, count, el, field, heading, linkTo } from "opd/dom.js";
 import { resultTable } from "opd/table.js";
 
 const PLACES = ["position", "episode", "step"]; // a first column by which the others can be drawn
@@ -26,7 +26,6 @@ export async function showSql(params, context) {
       if (found.error) throw new Error(found.error);
       status.textContent = said(found);
       answer.replaceChildren(...answerParts(found));
-      announce(status.textContent);
     } catch (error) {
       status.textContent = error.message;
       status.className = "status error";
