@@ -80,15 +80,14 @@ class RunState:
         from opd_cache.store.query import stopped_after
 
         wanted, connection = episode_keys(self.found), self.cursor()
+        same = {episode: rows for episode, key in wanted.items() if (rows := self._rows_before(table, episode, key))}
+        new = ", ".join(str(episode) for episode in wanted if episode not in same)
         with stopped_after(connection, DEFAULT_TIMEOUT_S):
-            connection.execute(f"CREATE OR REPLACE TABLE {table} AS {KEPT[table]} WHERE false")
-            for episode, key in wanted.items():
-                if (same := self._rows_before(table, episode, key)) is not None:
-                    connection.register("same_as_before", same)
-                    connection.execute(f"INSERT INTO {table} SELECT * FROM same_as_before")
-                    connection.unregister("same_as_before")
-                else:
-                    connection.execute(f"INSERT INTO {table} {KEPT[table]} WHERE episode = {episode:d}")
+            connection.execute(f"CREATE OR REPLACE TABLE {table} AS {KEPT[table]} WHERE episode IN ({new or 'NULL'})")
+            for rows in same.values():
+                connection.register("same_as_before", rows)
+                connection.execute(f"INSERT INTO {table} SELECT * FROM same_as_before")
+                connection.unregister("same_as_before")
         return wanted
 
     def _rows_before(self, table: str, episode: int, key: str) -> Any:
@@ -124,12 +123,14 @@ class LiveRun:
         return found
 
     def watch(self) -> None:
-        """From now on what a page would wait for is made ready in the background."""
+        """Open the run; from now on what a page would wait for is made ready in the background."""
         self._is_watched = True
+        with contextlib.suppress(OpdCacheError):  # who asks for the run is told
+            self.state()
         threading.Thread(target=self._warm, daemon=True).start()
 
     def _warm(self) -> None:
-        with contextlib.suppress(OpdCacheError):  # who asks for the run is told
+        with contextlib.suppress(OpdCacheError):
             self.state().warm()
 
     def state(self) -> RunState:

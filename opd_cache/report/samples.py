@@ -80,13 +80,20 @@ def sample_page(state: RunState, query: SampleQuery) -> dict[str, Any]:
     if state.keeps_texts and query.text:
         texts = state.keep("sample_texts")
     where, values = query.where(texts)
-    total = state.rows(f"SELECT count(*) AS n FROM {rows} WHERE {where}", values)[0]["n"]
     direction = "DESC" if query.descending else "ASC"
     found = state.rows(
-        f"SELECT {', '.join(SCALARS)} FROM {rows} WHERE {where} ORDER BY {query.order} {direction} NULLS LAST, episode, rollout_id, teacher LIMIT {PAGE_SIZE} OFFSET {query.page * PAGE_SIZE}",
+        f"SELECT {', '.join(SCALARS)}, count(*) OVER () AS total FROM {rows} WHERE {where} ORDER BY {query.order} {direction} NULLS LAST, episode, rollout_id, teacher LIMIT {PAGE_SIZE} OFFSET {query.page * PAGE_SIZE}",
         values,
     )
-    return {"total": total, "page": query.page, "page_size": PAGE_SIZE, "rows": with_texts(state, found)}
+    totals = [row.pop("total") for row in found]
+    if not totals and query.page > 0:
+        totals = [state.rows(f"SELECT count(*) AS n FROM {rows} WHERE {where}", values)[0]["n"]]
+    return {
+        "total": totals[0] if totals else 0,
+        "page": query.page,
+        "page_size": PAGE_SIZE,
+        "rows": with_texts(state, found),
+    }
 
 
 def with_texts(state: RunState, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

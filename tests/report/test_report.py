@@ -64,9 +64,9 @@ def test_its_samples_are_filtered_sorted_and_read(report: Path, open_page: Open,
     assert page.locator(".prompt-text").inner_text() == "<img src=x onerror=alert(1)>:"
     page.goto(f"{report.as_uri()}#/samples?chosen=followed&episode=0")
     page.locator(".samples a[href*='episode=0']").first.click()
-    page.get_by_role("heading", level=1, name=re.compile("Rollout 0/")).wait_for()
+    page.get_by_role("heading", level=1, name="Rollout 0/").wait_for()
     page.keyboard.press("]")
-    page.get_by_role("heading", level=1, name=re.compile("Rollout 1/")).wait_for()
+    page.get_by_role("heading", level=1, name="Rollout 1/").wait_for()
     assert page.locator("main img").count() == 0
 
 
