@@ -52,10 +52,14 @@ def report_page(title: str, data: str) -> Page:
     policy = _policy({
         "script-src": f"{_hash(import_map)} {_hash(START)} data:", "style-src": _hash(style), "img-src": "data:",
     })  # fmt: skip
-    # `<` in texts would end the element, or open another one.
-    embedded = f'<script type="application/json" id="data">{data.replace("<", chr(92) + "u003c")}</script>\n'
+    element = f'<script type="application/json" id="data">{embedded(data)}</script>\n'
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return Page(_filled(title, meta, f"<style>{style}</style>", embedded + _scripts(import_map)), policy)
+    return Page(_filled(title, meta, f"<style>{style}</style>", element + _scripts(import_map)), policy)
+
+
+def embedded(data: str) -> str:
+    """JSON as it may stand in a page: `<` in a text would end its element, or open another one."""
+    return data.replace("<", "\\u003c")
 
 
 def _filled(title: str, meta: str, styles: str, scripts: str) -> str:

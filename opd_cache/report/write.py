@@ -7,12 +7,12 @@ from opd_cache.errors import ConfigError
 from opd_cache.queries import example_names, example_sql
 from opd_cache.report.answers import answer_query, to_json
 from opd_cache.report.live import LiveRun, RunState
-from opd_cache.report.page import report_page
+from opd_cache.report.page import embedded, report_page
 from opd_cache.report.pages import Runs
-from opd_cache.report.responses import response_lists, response_of, siblings
+from opd_cache.report.responses import response_lists, response_of
 from opd_cache.report.samples import sample_choices, with_texts
 
-RESPONSE_CHARS = 2_800_000  # of JSON, for all runs together
+RESPONSE_BYTES = 3_000_000  # of JSON, for all runs together
 MAX_EPISODES = 40  # of which responses are chosen, evenly over the run
 MAX_TOKENS, MAX_TOPK = 4_000, 8
 FOLLOWED = 6  # prompts shown in every episode that sampled them
@@ -33,7 +33,7 @@ def write_report(runs: Runs, advance: Advance = lambda _: None) -> tuple[str, in
     answers: dict[str, Any] = {}
     for run in runs.by_name.values():
         answers[run.name] = {name: _ready_answer(runs, run, name, advance) for name in example_names()}
-        shown[run.name] = _shown_responses(run.state(), RESPONSE_CHARS // len(runs.by_name))
+        shown[run.name] = _shown_responses(run.state(), RESPONSE_BYTES // len(runs.by_name))
         advance(f"{run.name}: responses")
     data = {"about": about, "overview": overview, "health": health, "answers": answers, "shown": shown}
     count = sum(len(one["rows"]) for one in shown.values())
@@ -55,7 +55,7 @@ def _ready_answer(runs: Runs, run: LiveRun, name: str, advance: Advance) -> dict
 
 
 def _shown_responses(state: RunState, budget: int) -> dict[str, Any]:
-    """The chosen rows, those that fit into so many characters, with their tokens and the texts of all token ids."""
+    """The chosen rows, those that fit into so many bytes, with their tokens and the texts of all token ids."""
     rows: list[dict[str, Any]] = []
     responses: dict[str, Any] = {}
     texts: dict[int, str] = {}
@@ -63,7 +63,7 @@ def _shown_responses(state: RunState, budget: int) -> dict[str, Any]:
         response = response_of(state, row["episode"], row["rollout_id"], row["teacher"])
         lists = response_lists(response, MAX_TOKENS, MAX_TOPK)
         new = {key: text for key, text in lists.pop("texts").items() if key not in texts}
-        size = len(to_json(lists)) + len(to_json(new))
+        size = len(embedded(to_json([lists, new])).encode())
         if size > budget:
             continue
         budget -= size
@@ -76,14 +76,7 @@ def _shown_responses(state: RunState, budget: int) -> dict[str, Any]:
         "total": state.rows(f"SELECT count(*) AS n FROM {state.keep('sample_rows')}")[0]["n"],
         "responses": responses,
         "texts": texts,
-        "siblings": _siblings_of(state, rows),
     }
-
-
-def _siblings_of(state: RunState, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All samples of the prompts that have a shown response."""
-    pairs = sorted({(row["prompt_index"], row["teacher"]) for row in rows})
-    return [{"prompt_index": prompt, **one} for prompt, teacher in pairs for one in siblings(state, prompt, teacher)]
 
 
 def chosen_rows(state: RunState) -> list[dict[str, Any]]:

@@ -62,11 +62,12 @@ function byTeacher(columns, key) {
 function accuracies(run) {
   const evals = run.evals;
   const versions = distinct(evals.policy_version).filter((version) => version !== null);
+  const subjects = distinct(evals.subject).filter((subject) => subject.startsWith("teacher="));
   return distinct(evals.mode).flatMap((mode, color) => {
     const student = { label: mode, color, ...pick(evals, "policy_version", "accuracy", (row) => evals.mode[row] === mode) };
-    const teachers = distinct(evals.subject).filter((subject) => subject.startsWith("teacher=")).map((subject) => {
+    const teachers = subjects.map((subject) => {
       const row = evals.subject.findIndex((one, index) => one === subject && evals.mode[index] === mode);
-      return { label: `teacher ${subject.slice("teacher=".length)}, ${mode}`, color, dash: 1, x: versions, y: versions.map(() => (row < 0 ? null : evals.accuracy[row])) };
+      return { label: subjects.length > 1 ? `${subject.slice("teacher=".length)}, ${mode}` : `teacher, ${mode}`, color, dash: 1, x: versions, y: versions.map(() => (row < 0 ? null : evals.accuracy[row])) };
     });
     return [student, ...teachers];
   });

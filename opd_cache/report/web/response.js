@@ -174,12 +174,11 @@ function onOtherLine(options, chosen, step) {
 
 /** Links to all samples of the prompt, episode by episode; go(±1) follows the episode before or after. */
 function stepper(found, { run }, source) {
-  const isShown = (one) => source.isLive || source.has(run, one);
   const isHere = (one) => one.episode === found.episode && one.rollout_id === found.rollout_id;
   const here = found.siblings.find(isHere);
   const address = (one) => linkTo("response", { run, episode: one.episode, rollout: one.rollout_id, teacher: one.teacher });
   const neighbour = (step) => {
-    const others = found.siblings.filter((one) => isShown(one) && (one.episode - found.episode) * step > 0);
+    const others = found.siblings.filter((one) => (one.episode - found.episode) * step > 0);
     const nearest = Math.min(...others.map((one) => Math.abs(one.episode - found.episode)));
     const near = others.filter((one) => Math.abs(one.episode - found.episode) === nearest);
     return near.find((one) => one.sample_index === here?.sample_index) ?? near[0];
@@ -188,11 +187,11 @@ function stepper(found, { run }, source) {
     const other = neighbour(step);
     if (other) location.hash = address(other);
   };
-  if (found.siblings.length < 2) return { element: el("p", { class: "note" }, "This prompt has no other sample in this run."), go };
+  if (found.siblings.length < 2) return { element: el("p", { class: "note" }, `This prompt has no other sample in this ${source.isLive ? "run" : "report"}.`), go };
   const button = (label, step) => el("button", { type: "button", class: "quiet", disabled: !neighbour(step), on: { click: () => go(step) } }, label);
   const entry = (one) => {
     const words = [el("b", {}, `episode ${one.episode}`), one.sample_index ? ` #${one.sample_index}` : "", ` ${fixed(one.reverse_kl_mean, 2)}`];
-    return el("li", {}, isShown(one) ? el("a", { href: address(one), "aria-current": isHere(one) ? "true" : null }, words) : el("span", { title: "not in this report" }, words));
+    return el("li", {}, el("a", { href: address(one), "aria-current": isHere(one) ? "true" : null }, words));
   };
   const list = el("ol", {}, found.siblings.map(entry));
   requestAnimationFrame(() => {

@@ -55,10 +55,6 @@ export class Embedded {
   total(run) {
     return this.data.shown[run].total;
   }
-
-  has(run, row) {
-    return key(row) in this.data.shown[run].responses;
-  }
 }
 
 const key = (row) => `${row.episode} ${row.rollout_id} ${row.teacher}`;
@@ -102,6 +98,7 @@ function response(shown, params) {
   const rows = shown.rows.filter(asked);
   const row = rows.find((one) => one.teacher === params.teacher) ?? rows[0];
   if (!row) throw new SourceError(`rollout ${params.rollout} is not among the responses of this report; opd-cache serve shows all.`);
-  const siblings = shown.siblings.filter((one) => one.prompt_index === row.prompt_index && one.teacher === row.teacher);
+  const siblings = shown.rows.filter((one) => one.prompt_index === row.prompt_index && one.teacher === row.teacher);
+  siblings.sort((a, b) => a.episode - b.episode || a.sample_index - b.sample_index);
   return { ...shown.responses[key(row)], texts: shown.texts, teachers: rows.map((one) => one.teacher), siblings };
 }
