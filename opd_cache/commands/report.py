@@ -56,7 +56,7 @@ def report(run_dir: Path, named: tuple[str, ...], output: Path | None, partial: 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
 @other_runs
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; others than this machine's own users reach it only if you say so, with 0.0.0.0.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 lets other machines in.")  # fmt: skip
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0 takes any that is free."
 )

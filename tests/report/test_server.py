@@ -3,7 +3,9 @@
 import http.client
 import json
 import shutil
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from helpers import run_command
+from helpers import opd_cache_command, run_command
 
 from opd_cache.errors import ConfigError
 from opd_cache.limits import DEFAULT_LIMITS
@@ -356,6 +358,19 @@ def test_other_machines_reach_it_only_when_asked_for(serve: Serve, run_path: Pat
     local = everywhere.url.replace(socket.gethostname(), "127.0.0.1")
     for host, status in (("10.1.2.3", 200), (socket.gethostname(), 200), ("evil.example", 403)):
         assert ask(local, "api/about", Host=host).status == status
+
+
+def test_a_wide_open_host_is_warned_of_and_ctrl_c_ends_it(run_path: Path) -> None:
+    command = opd_cache_command("serve", str(run_path), "--host", "0.0.0.0", "--port", "0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith(f"open http://{socket.gethostname()}:")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert errors.splitlines() == [
+        "--host 0.0.0.0: whoever reaches this machine and learns the address can read the run; it is not encrypted.",
+        "ended.",
+    ]
 
 
 def test_a_damaged_shard_is_one_line_and_the_server_goes_on(serve: Serve, copied_run: Path) -> None:

@@ -34,7 +34,7 @@ function list(texts) {
   return texts.length ? el("ul", { class: "plain" }, texts.map((text) => el("li", {}, text))) : null;
 }
 
-function gapTable({ gaps }) {
+function gapTable({ name, gaps }) {
   const columns = [
     { label: "Episode", show: (row) => String(row.episode) },
     { label: "Stage", show: (row) => (row.teacher === null ? row.stage : `${row.stage}, ${row.teacher}`) },
@@ -42,7 +42,7 @@ function gapTable({ gaps }) {
     { label: "Missing", show: (row) => numbers(row.missing) },
     { label: "Seal", show: (row) => (row.is_sealed ? "sealed, but shards are gone" : "not sealed") },
   ];
-  return gaps.length ? dataTable("Gaps", columns, gaps) : null;
+  return gaps.length ? dataTable(`Gaps of ${name}`, columns, gaps) : null;
 }
 
 function numbers(shards) {
@@ -50,17 +50,17 @@ function numbers(shards) {
   return shards.length ? shards.slice(0, MOST_NUMBERS).join(", ") + (more > 0 ? ` and ${more} more` : "") : missing;
 }
 
-function failedTable({ failed }) {
+function failedTable({ name, failed }) {
   const columns = [
     { label: "Shard", show: (row) => row.file },
     { label: "Error", class: "texts", show: (row) => `${row.error}: ${row.message}` },
     { label: "When", show: (row) => row.time },
     { label: "Where", show: (row) => `${row.host}, process ${row.pid}` },
   ];
-  return failed.length ? dataTable("Failed shards", columns, failed) : null;
+  return failed.length ? dataTable(`Failed shards of ${name}`, columns, failed) : null;
 }
 
-function slowTable({ slow }) {
+function slowTable({ name, slow }) {
   const columns = [
     { label: "Shard", show: (row) => row.file },
     { label: "Times slower", numeric: true, show: (row) => fixed(row.times_slower, 1) },
@@ -69,5 +69,5 @@ function slowTable({ slow }) {
     { label: "Host", show: (row) => row.host ?? missing },
     { label: "Engine", show: (row) => row.engine ?? missing },
   ];
-  return slow.length ? dataTable("Slow shards", columns, slow) : null;
+  return slow.length ? dataTable(`Slow shards of ${name}`, columns, slow) : null;
 }

@@ -127,7 +127,7 @@ function costs(run, isNamed) {
   const bar = (row) => el("span", { class: "bar", "aria-hidden": "true", vars: { "--part": largest ? (row.share ?? 0) / largest : 0 } });
   const columns = [
     { label: "Stage", show: (row) => row.stage },
-    { label: "", class: "bars", show: bar },
+    { label: el("span", { class: "unseen" }, "Share as a bar"), class: "bars", show: bar },
     { label: "Seconds", numeric: true, show: (row) => fixed(row.seconds, 1) },
     { label: "Share", numeric: true, show: (row) => percent(row.share) },
     { label: "Tokens", numeric: true, show: (row) => count(row.tokens) },

@@ -19,7 +19,7 @@ export async function showResponse(params, context) {
   const found = await source.ask("response", asked);
   const tokens = tokensOf(found);
   const place = { run, teacher: found.teacher };
-  const details = el("aside", { class: "details card", "aria-label": "The chosen token" });
+  const details = el("div", { class: "details card", tabindex: "0", role: "region", "aria-label": "The chosen token" });
   const view = tokenList(tokens, (token) => details.replaceChildren(...tokenDetails(token, found)));
   const steps = stepper(found, place, source);
   document.addEventListener("keydown", (event) => {
