@@ -88,8 +88,8 @@ def serve(
         runs.watch()
         if not server.is_local:
             click.echo(f"--host {host}: whoever reaches this machine and learns the address can read the run; it is not encrypted.", err=True)  # fmt: skip
-        click.echo(json.dumps({"url": server.url}) if as_json else f"open {server.url}\nCtrl-C ends it.")
         try:
+            click.echo(json.dumps({"url": server.url}) if as_json else f"open {server.url}\nCtrl-C ends it.")
             server.serve_forever()
         except KeyboardInterrupt:
             click.echo("ended.", err=True)
@@ -99,10 +99,11 @@ def serve(
 def _opened(run_dir: Path, named: tuple[str, ...], partial: bool, limits: Limits) -> "Runs":
     """The runs, each looked at once. Raises what is wrong with one of them."""
     others = named_runs(named)
-    name = next(name for name in _names_for(run_dir) if name not in others)
+    own = next(name for name in _names_for(run_dir) if name not in others)
     from opd_cache.report.pages import Runs
+    from opd_cache.store.query import checked_name
 
-    runs = Runs({name: run_dir, **{other: Path(path) for other, path in others.items()}}, partial, limits)
+    runs = Runs({own: run_dir, **{checked_name(name): Path(path) for name, path in others.items()}}, partial, limits)
     runs.check()
     return runs
 

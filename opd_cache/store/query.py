@@ -61,7 +61,7 @@ def connect(runs: Runs, *, partial: bool = False, memory: str = DEFAULT_MEMORY) 
 
 def open_views(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list[LeftOut]]:
     """(the connection that `connect` gives, what its views leave out)."""
-    named = {_checked_name(name): path for name, path in runs.items()} if isinstance(runs, Mapping) else {"main": runs}
+    named = {checked_name(name): path for name, path in runs.items()} if isinstance(runs, Mapping) else {"main": runs}
     found = {name: find_files(RunDir(Path(path).absolute()), partial) for name, path in named.items()}
     connection = duckdb.connect(":memory:")
     with _one_line("the views cannot be made"):
@@ -74,7 +74,8 @@ def open_views(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list
     return _locked(connection), left_out
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a run beside others. Raises ConfigError where SQL could not name it."""
     if not RUN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
         raise ConfigError(
             f"{name!r} cannot name a run: expected letters, digits and _, none of {', '.join(sorted(RESERVED_NAMES))}."

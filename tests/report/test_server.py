@@ -335,6 +335,7 @@ def test_what_cannot_be_served_is_one_line(run_path: Path, copied_run: Path, tmp
         f"MissingInputError: {tmp_path}/none: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={tmp_path}/none"
     )
     assert refused("serve", run_path, "--run", "x").startswith("ConfigError: --run 'x': expected NAME=PATH")
+    assert "'a-b' cannot name a run" in refused("serve", run_path, "--run", f"a-b={run_path}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
