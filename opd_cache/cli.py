@@ -19,6 +19,7 @@ from opd_cache.commands.import_ import import_rollouts
 from opd_cache.commands.inspect import inspect
 from opd_cache.commands.plot import plot
 from opd_cache.commands.query import query
+from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 
@@ -365,7 +366,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-for command in (query, plot, export, import_rollouts, inspect, submit, cancel, gc):
+for command in (query, plot, export, import_rollouts, inspect, report, serve, submit, cancel, gc):
     cli.add_command(command)
 
 

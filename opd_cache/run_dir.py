@@ -138,6 +138,11 @@ class RunDir:
         return self.job_logs / f"{stage}-{job}.log"
 
     @property
+    def quarantine(self) -> Path:
+        """For files that somebody has moved out of the way; nothing in it is read."""
+        return self.path / "quarantine"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -57,6 +57,7 @@ LIGHT = (
     "launch/",
     "prompts/",
     "queries/",
+    "report/",
     "store/",
 )
 HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "vllm", "httpx", "datasets", "matplotlib"}

@@ -135,8 +135,10 @@ def test_scores_of_replaced_rollouts_are_refused(
         stages.score(1)
 
 
-def test_the_wheel_brings_its_recipes(tmp_path: Path) -> None:
-    """Built and unpacked away from the checkout, the package finds the quickstart by name."""
+@pytest.fixture(scope="module")
+def wheel_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as its wheel brings it, away from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
     root = Path(__file__).parent.parent
     build = [
         sys.executable,
@@ -147,21 +149,33 @@ def test_the_wheel_brings_its_recipes(tmp_path: Path) -> None:
         "--no-deps",
         "--no-build-isolation",
         "--wheel-dir",
-        str(tmp_path),
+        str(folder),
         str(root),
     ]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_brings_its_recipes(wheel_site: Path, tmp_path: Path) -> None:
+    """Away from the checkout, the package finds the quickstart by name."""
     command = [sys.executable, "-P", "-m", "opd_cache", "config", "quickstart", "seed=5"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    environment = {**os.environ, "PYTHONPATH": str(wheel_site)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "seed: 5" in result.stdout, result.stderr
     listed = subprocess.run(
         [*command[:5], "--list"], cwd=tmp_path, env=environment, capture_output=True, text=True
     ).stdout
-    assert str(tmp_path / "site" / "opd_cache" / "configs" / "recipes" / "quickstart.yaml") in listed
+    assert str(wheel_site / "opd_cache" / "configs" / "recipes" / "quickstart.yaml") in listed
+
+
+def test_the_wheel_brings_the_page_and_its_plotting_librarys_licence(wheel_site: Path) -> None:
+    web = Path(__file__).parent.parent / "opd_cache" / "report" / "web"
+    names = [path.relative_to(web) for path in web.rglob("*") if path.is_file()]
+    assert Path("vendor/uplot/LICENSE") in names
+    assert [name for name in names if not (wheel_site / "opd_cache" / "report" / "web" / name).is_file()] == []
 
 
 class NanScorer:

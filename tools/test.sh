@@ -16,8 +16,11 @@ has strace || apt-get install -y -q strace >/dev/null 2>&1 ||
 { has slurmctld && has slurmd && has munged && has sbatch; } ||
     { apt-get update -q && apt-get install -y -q munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 ||
     echo "Slurm is not installed: the tests that need one are skipped" >&2
+has chromium || { apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1 ||
+    echo "Chromium is not installed: the tests of pages in a browser are skipped" >&2
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-"$VENV/bin/python" -m pytest "$@"
+# Two at a time; the tests of a file share what is expensive to make.
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
 if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/with_vllm; fi

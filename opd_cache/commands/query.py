@@ -90,6 +90,7 @@ def _asked(arguments: tuple[str, ...], named: tuple[str, ...], example: str | No
 
 
 def named_runs(named: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=PATH` of every --run. Raises ConfigError."""
     runs: dict[str, str] = {}
     for one in named:
         name, sign, path = one.partition("=")

@@ -53,14 +53,15 @@ def connect(runs: Runs, *, partial: bool = False, memory: str = DEFAULT_MEMORY) 
 
     Raises MissingInputError, MismatchError (another schema version, scores of other rollouts), ConfigError.
     """
-    connection, left_out = _connected(runs, partial, memory)
+    connection, left_out = open_views(runs, partial, memory)
     for one in left_out:
         log.warning("%s", one.text)
     return connection
 
 
-def _connected(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list[LeftOut]]:
-    named = {_checked_name(name): path for name, path in runs.items()} if isinstance(runs, Mapping) else {"main": runs}
+def open_views(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list[LeftOut]]:
+    """(the connection that `connect` gives, what its views leave out)."""
+    named = {checked_name(name): path for name, path in runs.items()} if isinstance(runs, Mapping) else {"main": runs}
     found = {name: find_files(RunDir(Path(path).absolute()), partial) for name, path in named.items()}
     connection = duckdb.connect(":memory:")
     with _one_line("the views cannot be made"):
@@ -73,7 +74,8 @@ def _connected(runs: Runs, partial: bool, memory: str) -> tuple[Connection, list
     return _locked(connection), left_out
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a run beside others. Raises ConfigError where SQL could not name it."""
     if not RUN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
         raise ConfigError(
             f"{name!r} cannot name a run: expected letters, digits and _, none of {', '.join(sorted(RESERVED_NAMES))}."
@@ -149,25 +151,34 @@ def open_query(runs: Runs, sql: str, *, partial: bool = False, limits: Limits = 
 
     Raises ConfigError with DuckDB's reason in one line, while the answer is read, too.
     """
-    connection, left_out = _connected(runs, partial, limits.memory)
+    connection, left_out = open_views(runs, partial, limits.memory)
+    try:
+        with stopped_after(connection, limits.timeout_s):
+            named = _checked_select(connection, sql)
+            said = [one.text for one in left_out if named & one.views]
+            columns = [column[0] for column in connection.execute(f"DESCRIBE {sql}").fetchall()]
+            yield Answer(columns, said, connection, sql)
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def stopped_after(connection: Connection, timeout_s: float) -> Iterator[None]:
+    """Queries on this connection end by then. Raises ConfigError with DuckDB's reason, then and at any other error."""
     is_late = threading.Event()
 
     def stop() -> None:
         is_late.set()
         connection.interrupt()
 
-    timer = threading.Timer(limits.timeout_s, stop)
+    timer = threading.Timer(timeout_s, stop)
     timer.daemon = True
     timer.start()
     try:
-        with _one_line("the query failed", is_late, limits):
-            named = _checked_select(connection, sql)
-            said = [one.text for one in left_out if named & one.views]
-            columns = [column[0] for column in connection.execute(f"DESCRIBE {sql}").fetchall()]
-            yield Answer(columns, said, connection, sql)
+        with _one_line("the query failed", is_late, timeout_s):
+            yield
     finally:
         timer.cancel()
-        connection.close()
 
 
 def query_rows(runs: Runs, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -216,15 +227,13 @@ def _parsed(connection: Connection, sql: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _one_line(what: str, is_late: threading.Event | None = None, limits: Limits | None = None) -> Iterator[None]:
+def _one_line(what: str, is_late: threading.Event | None = None, timeout_s: float = 0) -> Iterator[None]:
     """Any error of DuckDB's as a ConfigError of one line."""
     try:
         yield
     except duckdb.Error as error:
-        if is_late is not None and limits is not None and is_late.is_set():
-            raise ConfigError(
-                f"{what}: it took more than {limits.timeout_s:g} s. Narrow it, or raise --timeout."
-            ) from error
+        if is_late is not None and is_late.is_set():
+            raise ConfigError(f"{what}: it took more than {timeout_s:g} s. Narrow it, or raise --timeout.") from error
         hint = ". Narrow it, or raise --memory." if "Out of Memory Error" in str(error) else ""
         raise ConfigError(f"{what}: {_reason(error)}{hint}") from error
 
