@@ -17,6 +17,7 @@ from opd_cache.commands.gc import gc
 from opd_cache.commands.inspect import inspect
 from opd_cache.commands.query import export, query
 from opd_cache.commands.slurm import cancel, submit
+from opd_cache.commands.verify import repair, verify
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
@@ -360,7 +361,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-for command in (query, export, inspect, submit, cancel, gc):
+for command in (query, export, inspect, submit, cancel, verify, repair, gc):
     cli.add_command(command)
 
 

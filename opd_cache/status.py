@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
 from opd_cache.store.publish import read_json
 
 STAGES = ("rollout", "score", "learn", "eval")
@@ -96,7 +96,7 @@ def _stage(folder: Path, shards: int) -> dict[str, Any]:
 
 def evaluation_summary(run: RunDir, subject: str) -> dict[str, Any] | None:
     """The figures of `policy=N` or `teacher=NAME`; None when it was not evaluated."""
-    path = run.evaluation(subject) / "summary.json"
+    path = run.evaluation(subject) / SUMMARY
     summary = read_json(path) if path.exists() else {}
     return summary if summary.get("subject") == subject else None
 
@@ -104,7 +104,7 @@ def evaluation_summary(run: RunDir, subject: str) -> dict[str, Any] | None:
 def evaluated_subjects(run: RunDir) -> list[str]:
     """Every `policy=N` and `teacher=NAME` with a summary of its own. A folder moved aside, such as `policy=3.old`, has
     another's."""
-    names = sorted(path.parent.name for path in run.path.glob("evals/*/summary.json"))
+    names = sorted(path.parent.name for path in run.path.glob(f"evals/*/{SUMMARY}"))
     return [name for name in names if evaluation_summary(run, name) is not None]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import complete, data_files, run_command, save_model, tiny_qwen2
+from helpers import assert_verified, complete, data_files, run_command, save_model, tiny_qwen2
 
 from opd_cache.compare import comparison_table
 from opd_cache.config import Recipe
@@ -185,6 +185,7 @@ def test_older_episodes_that_the_learner_looks_back_on_are_linked_too(finished_r
 def test_a_replay_can_be_replayed(unchanged: Path, finished_run: Run, tmp_path: Path) -> None:
     replay_run(unchanged, tmp_path / "second", None, [])
     assert_same_learning(tmp_path / "second", finished_run.dir.path)
+    assert_verified(tmp_path / "second")
 
 
 def test_an_episode_that_the_run_has_scored_but_not_learned_is_replayed(run_copy: Path, tmp_path: Path) -> None:
