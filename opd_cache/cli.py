@@ -21,6 +21,7 @@ from opd_cache.commands.plot import plot
 from opd_cache.commands.query import query
 from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
+from opd_cache.commands.verify import repair, verify
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
@@ -366,7 +367,10 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
         click.echo(recipe_json(loaded) if as_json else recipe_yaml(loaded), nl=as_json)
 
 
-for command in (query, plot, export, import_rollouts, inspect, report, serve, submit, cancel, gc):
+COMMANDS = (
+    query, plot, export, import_rollouts, inspect, report, serve, submit, cancel, verify, repair, gc,
+)  # fmt: skip
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -183,6 +183,7 @@ def _make(recipe: Recipe, run: RunDir) -> None:
         "seed": recipe.seed,
         "student": {"source": _student_source(recipe), "fingerprint": fingerprint, "tokenizer": tokens},
         "prompts": {"config": asdict(recipe.prompts), "sha256": prompts},
+        "vocab": digest_file(run.vocab),
         "recipe": recipe.to_dict(),
     }
     make_folder(run.path)

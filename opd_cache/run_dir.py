@@ -9,6 +9,7 @@ RUN/
   evals/policy=4/mode=sampled/     the same layout: plan.json  rollouts/  scores/
   evals/policy=4/results.parquet  summary.json
   logs/rollout/episode=3/
+  quarantine/episode=3/...   what `opd-cache repair` has taken out
   slurm/rollout.sh  recipe.yaml  jobs.jsonl     only of runs that were submitted; logs/slurm/ is what their jobs printed
 """
 
@@ -22,6 +23,7 @@ EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
 SEAL = "_SEALED.json"
 COMPLETE = "_COMPLETE.json"
 PLAN = "plan.json"
+RESULTS, SUMMARY = "results.parquet", "summary.json"  # of an evaluation
 FAILED_SHARD = ".failed.json"  # ends the name of a note, under logs/, on why there is no such shard
 CANARY = "trainer/canary.json"  # inside a policy: a sequence and its log-probs, for whoever loads the policy
 
@@ -139,7 +141,7 @@ class RunDir:
 
     @property
     def quarantine(self) -> Path:
-        """For files that somebody has moved out of the way; nothing in it is read."""
+        """Where `repair` moves damaged files, under their paths in the run. Nothing in it is read."""
         return self.path / "quarantine"
 
     @property

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir
-from opd_cache.store.publish import read_json
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
+from opd_cache.store.publish import read_json, read_plain_json
 
 STAGES = ("rollout", "score", "learn", "eval")
 
@@ -97,7 +97,7 @@ def _stage(folder: Path, shards: int) -> dict[str, Any]:
 
 def evaluation_summary(run: RunDir, subject: str) -> dict[str, Any] | None:
     """The figures of `policy=N` or `teacher=NAME`; None when it was not evaluated."""
-    path = run.evaluation(subject) / "summary.json"
+    path = run.evaluation(subject) / SUMMARY
     summary = read_json(path) if path.exists() else {}
     return summary if summary.get("subject") == subject else None
 
@@ -105,7 +105,7 @@ def evaluation_summary(run: RunDir, subject: str) -> dict[str, Any] | None:
 def evaluated_subjects(run: RunDir) -> list[str]:
     """Every `policy=N` and `teacher=NAME` with a summary of its own. A folder moved aside, such as `policy=3.old`, has
     another's."""
-    names = sorted(path.parent.name for path in run.path.glob("evals/*/summary.json"))
+    names = sorted(path.parent.name for path in run.path.glob(f"evals/*/{SUMMARY}"))
     return [name for name in names if evaluation_summary(run, name) is not None]
 
 
@@ -153,7 +153,7 @@ def failed_shards(run: RunDir) -> list[dict[str, Any]]:
 
 def kept_warnings(run: RunDir) -> list[dict[str, Any]]:
     """What was warned of, by episode and stage: stage, episode, teacher, name, value, threshold, text, query, command."""
-    notes = [read_json(path) for path in run.health_notes()]
+    notes = [read_plain_json(path) for path in run.health_notes()]
     notes.sort(key=lambda note: (note["episode"], STAGES.index(note["stage"]), note["teacher"] or ""))
     return [
         {

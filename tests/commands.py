@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SOON_S = 5.0  # on a machine with other work
+SOON_S = 20.0  # on a machine with much other work; that nothing was finished first is seen by the shards
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 

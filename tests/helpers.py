@@ -12,6 +12,8 @@ from opd_cache.config import Recipe
 from opd_cache.pipeline import InlineStages, run_episodes
 from opd_cache.quickstart.sort_letters import byte_tokenizer
 from opd_cache.run import Run, open_run
+from opd_cache.store.publish import read_json, signed_json
+from opd_cache.verify.run import verify_run
 
 # Random tiny models seldom sample the one EOS id; with these, responses have many lengths, one and zero-like included.
 STOP_IDS = [1, *range(60, 90)]
@@ -50,6 +52,16 @@ def complete(recipe: Recipe) -> Run:
     run = open_run(recipe)
     run_episodes(run, InlineStages(run))
     return run
+
+
+def edit_json(path: Path, **values: object) -> None:
+    """Other top-level values in a published JSON file, whose digest fits again."""
+    path.write_bytes(signed_json({**read_json(path), **values}))
+
+
+def assert_verified(path: Path) -> None:
+    """`opd-cache verify` finds nothing wrong."""
+    assert [found.problem for found in verify_run(path).findings] == []
 
 
 def opd_cache_command(*arguments: str) -> list[str]:

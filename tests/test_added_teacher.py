@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import complete, data_files, run_command, save_model, tiny_qwen2
+from helpers import assert_verified, complete, data_files, run_command, save_model, tiny_qwen2
 
 from opd_cache.config import Recipe
 from opd_cache.errors import ConfigError
@@ -107,6 +107,7 @@ def test_a_replay_learns_from_a_teacher_that_the_run_did_not_name(
     plan = json.loads((tmp_path / "changed/episode=0/learn/plan.json").read_text())
     assert plan["teacher"] == "other"
     assert (tmp_path / "changed/episode=0/scores/teacher=main/_SEALED.json").exists()
+    assert_verified(tmp_path / "changed")
     again = replay_run(tmp_path / "changed", tmp_path / "again", "0", [])
     assert [entry["same_weights"] for entry in again["episodes"]] == [True]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import complete, data_files
+from helpers import assert_verified, complete, data_files
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError
@@ -51,6 +51,7 @@ def test_plans_and_rows_say_which_policy_sampled(ahead: Run) -> None:
         teacher = json.loads((target.scores("self") / "plan.json").read_text())["teacher_fingerprint"]
         assert teacher == plan.policy
     assert [entry["policy_version"] for entry in run_status(ahead.dir.path)["episodes"]] == [0, 0, 1]
+    assert_verified(ahead.dir.path)
 
 
 def test_learning_goes_on_from_the_newest_policy_and_weighs_by_the_ratio(ahead: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import complete, data_files, run_command, save_model, tiny_qwen2
+from helpers import assert_verified, complete, data_files, edit_json, run_command, save_model, tiny_qwen2
 
 from opd_cache.compare import comparison_table
 from opd_cache.config import Recipe
@@ -19,6 +19,7 @@ from opd_cache.replay import replay_run
 from opd_cache.run import Run, open_run
 from opd_cache.schema import STEPS
 from opd_cache.status import run_status
+from opd_cache.store.publish import read_json
 from opd_cache.store.query import query_rows
 
 TIMINGS = {"read_s", "compute_s", "tokens_per_s"}
@@ -185,6 +186,7 @@ def test_older_episodes_that_the_learner_looks_back_on_are_linked_too(finished_r
 def test_a_replay_can_be_replayed(unchanged: Path, finished_run: Run, tmp_path: Path) -> None:
     replay_run(unchanged, tmp_path / "second", None, [])
     assert_same_learning(tmp_path / "second", finished_run.dir.path)
+    assert_verified(tmp_path / "second")
 
 
 def test_an_episode_that_the_run_has_scored_but_not_learned_is_replayed(run_copy: Path, tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_another_run_of_the_same_identity_is_not_mixed_in(
     stages.rollout(0)
     stages.score(0)
     path = Path(shutil.copytree(unchanged, tmp_path / "replay"))
-    (path / "replay.json").write_text((path / "replay.json").read_text().replace("[0, 1]", "[0]"))
+    edit_json(path / "replay.json", episodes=[0])
     assert refused(MismatchError, tmp_path / "other", path, "0").startswith(
         f"{path}/episode=0/plan.json: another file than {tmp_path}/other/episode=0/plan.json."
     )
@@ -403,7 +405,7 @@ def test_the_command_prints_a_table_and_leaves_a_run_like_any_other(finished_run
     assert done.returncode == 0, done.stderr
     for text in ("original", "replay", "differ", "ESS", "learn.loss.name=forward_kl_topk, learn.learning_rate=0.01"):
         assert text in " ".join(done.stdout.split())
-    replay = json.loads((path / "replay.json").read_text())
+    replay = read_json(path / "replay.json")
     assert replay == {
         "run": str(finished_run.dir.path),
         "run_id": finished_run.run_id,

@@ -100,7 +100,9 @@ def follow_jobs(path: Path) -> None:
             if not any(row["jobs"] for row in found["stages"]) and found["queue"] is None:
                 break
             time.sleep(FOLLOW_INTERVAL_S)
-    if found["stages"]:
+    if not found["stages"]:
+        click.echo(f"every stage is done. See: opd-cache status {path}")
+    else:
         first = found["stages"][0]
         raise OpdCacheError(
             f"no job is left, but {first['stage']} {first['number']} is not complete. See: opd-cache status {path}"

@@ -21,7 +21,7 @@ from opd_cache.prompts.intake import count_prompts, prompts_config_of, read_prom
 from opd_cache.rollout.samples import Sampler
 from opd_cache.rollout.stage import sample_shards
 from opd_cache.run import Run, eos_ids, load_tokenizer, stop_token_ids
-from opd_cache.run_dir import SCHEMA_VERSION, RolloutSet
+from opd_cache.run_dir import RESULTS, SCHEMA_VERSION, SUMMARY, RolloutSet
 from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.score.scores import Scorer
 from opd_cache.score.stage import score_rollouts
@@ -40,7 +40,6 @@ from opd_cache.types import Rollout
 
 log = logging.getLogger(__name__)
 GREEDY, SAMPLED = "greedy", "sampled"
-RESULTS, SUMMARY = "results.parquet", "summary.json"
 GRADING = ("answer_pattern", "reference_pattern", "n_samples_per_prompt", "greedy")  # keys of eval
 
 
@@ -245,7 +244,12 @@ def _publish_summary(run: Run, subject: str, about: dict[str, Any]) -> None:
     with open_parquet(folder / RESULTS) as file:
         _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
     rows = [row for table in read_row_groups(folder / RESULTS) for row in table.to_pylist()]
-    summary = {"schema_version": SCHEMA_VERSION, **about, **summarize(rows)}
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        **about,
+        "results": digest_file(folder / RESULTS),
+        **summarize(rows),
+    }
     publish_json(
         folder / SUMMARY, summary, f"the evaluation of {subject}", f"Move {folder} out of evals/ to evaluate again."
     )

@@ -18,7 +18,7 @@ from opd_cache.health.checks import Finding, findings, learn_means, rollout_shar
 from opd_cache.notes import write_note
 from opd_cache.run_dir import SEAL, RunDir
 from opd_cache.status import asked_teachers, query_command, scored_parts
-from opd_cache.store.publish import read_json
+from opd_cache.store.publish import read_json, read_plain_json
 from opd_cache.store.shards import read_row_groups
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def check_episode(run: RunDir, recipe: Recipe, episode: int) -> None:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
+    return read_plain_json(path) if path.exists() else None
 
 
 def _stop(label: str, health: HealthConfig, found: Sequence[Finding], lines: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from opd_cache.errors import CorruptShardError, MismatchError
 from opd_cache.fingerprint import fingerprint_model
 from opd_cache.run_dir import COMPLETE
-from opd_cache.store.publish import canonical_json, digest_file, publish_folder, read_json
+from opd_cache.store.publish import digest_file, publish_folder, read_json, read_plain_json, signed_json
 
 TRAINER = "trainer"
 STATE = "state.json"
@@ -39,7 +39,7 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
             str(path.relative_to(folder)): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
-        (folder / COMPLETE).write_bytes(canonical_json(content))
+        (folder / COMPLETE).write_bytes(signed_json(content))
 
     return publish_folder(final, whole)
 
@@ -53,7 +53,7 @@ def write_state(folder: Path, state: TrainerState) -> None:
 
 def read_state(folder: Path) -> TrainerState:
     """The state in a checkpoint or policy of this run."""
-    return TrainerState(**read_json(folder / TRAINER / STATE))
+    return TrainerState(**read_plain_json(folder / TRAINER / STATE))
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:

@@ -98,23 +98,26 @@ def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) 
 
 def _open_lesson(run: Run, episode: int) -> Lesson | None:
     """What is to be done, with the plan published; None when the policy is there already."""
+    folder = run.dir.learn(episode)
     if run.has_policy(episode + 1):
         run.is_learned(episode)  # refuses a policy that was trained from another one
         _finish(run, episode)
-        return None
+        if (folder / PLAN).exists():
+            return None
     loss = resolve_loss(run.recipe.learn.loss)
     sources, facts = open_sources(run, episode, loss)
     first_step = read_state(run.policy_folder(episode)).step if episode > 0 else 0
     num_rows = sum(source.num_rows for source in sources)
     groups = [source.rows_per_prompt for source in sources]
     plan = plan_learning(run.recipe, episode, num_rows, groups, loss.needs_reward, first_step)
-    folder = run.dir.learn(episode)
     identity = {"schema_version": SCHEMA_VERSION, "run_id": run.run_id}
     parent = run.policy_fingerprint(episode)
     inputs = {**teaching_facts(run.recipe), "policy": parent, "sources": facts}
     content = {**identity, "episode": episode, **plan_facts(plan, run.recipe.learn, inputs)}
     remedy = f"Set it back, or move {folder} away to learn the episode again."
     digest = publish_json(folder / PLAN, content, f"the learning of episode {episode}", remedy)
+    if run.has_policy(episode + 1):
+        return None  # only its plan had to be made anew
     about = {**identity, "policy_version": episode + 1, "plan": digest, "parent": parent}
     return Lesson(plan, about, sources, *_where_to_start(run, episode, plan, digest))
 

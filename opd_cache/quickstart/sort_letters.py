@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from opd_cache.errors import MismatchError
 from opd_cache.models import set_torch_threads
-from opd_cache.store.publish import publish_folder, read_json
+from opd_cache.store.publish import publish_folder, read_plain_json
 from opd_cache.types import derive_seed
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def make_task(folder: Path, seed: int, torch_threads: int | None) -> None:
     description = folder / "task.json"
     wanted = {"task": "sort_letters", "seed": seed}
     if description.exists():
-        found = read_json(description)
+        found = read_plain_json(description)
         if found != wanted:
             raise MismatchError(
                 f"{folder}: holds the task {found}, the recipe wants {wanted}. Choose another task.dir."

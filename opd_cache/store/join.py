@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from opd_cache.errors import AlignmentError, CorruptShardError
-from opd_cache.store.rows import STUDENT_TOPK, RowGroup, rollouts_of, row_group, scores_of
-from opd_cache.store.shards import ShardSet, read_row_group
+from opd_cache.store.columns import fits, is_even, row_groups
+from opd_cache.store.rows import STUDENT_TOPK, rollouts_of, scores_of
+from opd_cache.store.shards import ShardSet
 from opd_cache.types import Rollout, Score
 
 Joined = tuple[Rollout, Score]
@@ -102,12 +103,12 @@ def read_rollouts(rollouts: ShardSet, shard: int, start_row: int = 0) -> Iterato
 def _hashed_rollouts(rollouts: ShardSet, shard: int, start_row: int) -> Iterator[tuple[Rollout, int]]:
     """read_rollouts, each with its ids_hash."""
     top_k = rollouts.about.get("sampling", {}).get("student_top_k", 0)
-    for first, group in _row_groups(rollouts, shard, start_row):
+    for first, group in row_groups(rollouts, shard, start_row):
         hashes = group.table["ids_hash"].to_pylist()
         is_fit = (
-            _fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
-            and _fits(group, "student_topk_ids", ("student_topk_logprobs",))
-            and _is_even(group, "response_ids", {**dict.fromkeys(STUDENT_TOPK, top_k), "loss_mask": 1})
+            fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",))
+            and fits(group, "student_topk_ids", ("student_topk_logprobs",))
+            and is_even(group, "response_ids", {**dict.fromkeys(STUDENT_TOPK, top_k), "loss_mask": 1})
         )
         for row, rollout in enumerate(rollouts_of(group, top_k), first):
             if row < start_row:
@@ -132,56 +133,21 @@ def _sized_scores(scores: ShardSet, shard: int, start_row: int) -> Iterator[tupl
     top_k = scores.about["top_k"]
     widths = {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}
     is_part = any(scores.about.get(name) is not None for name in ("first_token", "horizon"))
-    for first, group in _row_groups(scores, shard, start_row):
-        is_fit = _fits(group, "teacher_logprobs", ("teacher_logprobs",)) and _fits(
+    for first, group in row_groups(scores, shard, start_row):
+        is_fit = fits(group, "teacher_logprobs", ("teacher_logprobs",)) and fits(
             group, "topk_logprobs", ("topk_logprobs",)
         )
-        is_even = not is_part and _is_even(group, "teacher_logprobs", widths)
+        has_even_lists = not is_part and is_even(group, "teacher_logprobs", widths)
         for row, score in enumerate(scores_of(group, top_k), first):
             if row < start_row:
                 continue
             if not is_fit and (fault := _value_fault(score)):
                 raise CorruptShardError(f"{scores.path(shard)} row {row}: {fault}. {_delete_and_run(scores)}")
-            yield score, len(score.teacher_logprobs) if is_even else None
-
-
-def _is_even(group: RowGroup, per_token: str, widths: Mapping[str, int]) -> bool:
-    """Whether every list of these columns holds its width of values for each one of the per-token column."""
-    tokens = group.lists[per_token].offsets
-    return all(
-        np.array_equal(group.lists[name].offsets, tokens * width)
-        for name, width in widths.items()
-        if name in group.lists
-    )
+            yield score, len(score.teacher_logprobs) if has_even_lists else None
 
 
 def _delete_and_run(shards: ShardSet) -> str:
     return f"Delete the file and its seal and run: {shards.remedy}"
-
-
-def _fits(group: RowGroup, ids: str, logprobs: Sequence[str], numbers: Sequence[str] = ()) -> bool:
-    """Whether all log-probs of a row group are at most 0, in lists as long as those of `ids`, and all numbers finite.
-    Whole columns at a time; where one does not fit, its rows say which and why."""
-    for column in (group.lists[name] for name in logprobs if name in group.lists):
-        # NaN fails every comparison.
-        if (column.values.size and not column.values.max() <= 0) or not np.array_equal(
-            column.offsets, group.lists[ids].offsets
-        ):
-            return False
-    table = group.table
-    present = (table[name].drop_null().to_numpy() for name in numbers if name in table.column_names)
-    return all(bool(np.isfinite(values).all()) for values in present)
-
-
-def _row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[int, RowGroup]]:
-    """(number of its first row, row group) of each row group with rows from `start_row` on."""
-    with shards.open(shard) as file:
-        first = 0
-        for index in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(index).num_rows
-            if first + num_rows > start_row:
-                yield first, row_group(read_row_group(file, shards.path(shard), index))
-            first += num_rows
 
 
 def rollout_fault(rollout: Rollout, top_k: int = 0) -> str | None:

@@ -22,6 +22,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Another file system, one without hard links, too many links, a file of another user.
 NO_LINK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.EPERM}
 TEMPORARY_SUFFIX = ".tmp"
+DIGEST = "digest"  # key of a published JSON object
 MAX_DIFFERENCES = 5  # named in one error line
 _unfinished: set[Path] = set()  # temporary files that this process is writing
 
@@ -128,8 +129,13 @@ def publish_link(source: Path, final: Path) -> None:
             publish_file(final, write, check)
 
 
-def canonical_json(content: Any) -> bytes:
-    """The one byte form of a JSON value: sorted keys, one line a top-level key for people to read."""
+def signed_json(content: dict[str, Any]) -> bytes:
+    """The one byte form of a JSON object: sorted keys, one line a top-level key for people to read, and the sha256 of
+    all that as one more key, so that a damaged file is known by itself."""
+    return _canonical_json({**content, DIGEST: digest_bytes(_canonical_json(content))})
+
+
+def _canonical_json(content: dict[str, Any]) -> bytes:
     lines = (
         f"{json.dumps(key)}: {json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)}"
         for key, value in sorted(content.items())
@@ -155,7 +161,7 @@ def publish_json(
     Raises MismatchError naming what differs by dotted path (only top-level keys in `compare` where given), `what` the
     file stands for and the `remedy`.
     """
-    data = canonical_json(content)
+    data = signed_json(content)
     if not final.exists():
 
         def write(file: BinaryIO) -> None:
@@ -168,7 +174,7 @@ def publish_json(
             return digest_bytes(data)
     found = read_json(final)
     keys = compare or {*found, *content}
-    ours, theirs = ({key: side.get(key) for key in keys} for side in (json.loads(data), found))
+    ours, theirs = ({key: side.get(key) for key in keys} for side in (json.loads(_canonical_json(content)), found))
     differing = list(islice(_differences(theirs, ours, ""), MAX_DIFFERENCES + 1))
     if differing:
         shown = [*differing[:MAX_DIFFERENCES], *(["..."] if len(differing) > MAX_DIFFERENCES else [])]
@@ -206,12 +212,28 @@ def _short(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A published JSON object. Raises MissingInputError or CorruptShardError."""
+    """A published JSON object, its digest checked and left out. Raises MissingInputError or CorruptShardError."""
+    data, content = _json_object(path)
+    content.pop(DIGEST, None)
+    if signed_json(content) != data:
+        raise CorruptShardError(
+            f"{path}: damaged or edited, its {DIGEST} does not fit. Move the file away and run the stage again."
+        )
+    return content
+
+
+def read_plain_json(path: Path) -> dict[str, Any]:
+    """A JSON object that somebody else wrote, or that a manifest vouches for. Raises the same."""
+    return _json_object(path)[1]
+
+
+def _json_object(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
     except FileNotFoundError as error:
         raise MissingInputError(f"{path}: no such file.") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptShardError(
             f"{path}: not whole JSON ({error}). Move the file away and run the stage again."
         ) from error
@@ -219,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CorruptShardError(
             f"{path}: expected a JSON object, found a {type(content).__name__}. Move the file away and run the stage again."
         )
-    return content
+    return data, content
 
 
 def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:

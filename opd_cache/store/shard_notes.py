@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.run_dir import RunDir
-from opd_cache.store.publish import read_json
+from opd_cache.store.publish import read_plain_json
 from opd_cache.store.sealed import RunFiles, StageFiles
 
 FROM_SEAL = ("rows", "tokens", "bytes", "sha256")
@@ -44,4 +44,4 @@ def _rows_of(run: RunDir, stage: StageFiles) -> list[dict[str, Any]]:
 
 def _note(path: str) -> dict[str, Any]:
     """What the shard's maker wrote down; a replay's shards, which are another run's, have none."""
-    return read_json(Path(path)) if os.path.exists(path) else {}
+    return read_plain_json(Path(path)) if os.path.exists(path) else {}

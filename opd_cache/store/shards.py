@@ -250,16 +250,7 @@ class ShardSet:
                 f"{self.folder}: {self.num_shards - missing} of {self.num_shards} shards are there and no {SEAL}. Run: {self.remedy}"
             )
         seal = read_json(self.seal_path)
-        for key, value in self.about.items():
-            if seal.get(key) != value:
-                raise MismatchError(
-                    f"{self.seal_path}: made with {key} = {seal.get(key)!r}, now {value!r}. Move the folder away and run: {self.remedy}"
-                )
-        listed = [entry["file"] for entry in seal["shards"]]
-        if listed != [self.path(shard).name for shard in range(self.num_shards)]:
-            raise CorruptShardError(
-                f"{self.seal_path}: lists {len(listed)} shards, the plan has {self.num_shards}. Move it away and run: {self.remedy}"
-            )
+        self.check_seal(seal)
         for shard, entry in enumerate(seal["shards"]):
             path = self.path(shard)
             size = path.stat().st_size if path.exists() else None
@@ -268,3 +259,16 @@ class ShardSet:
                     f"{path}: {'missing' if size is None else f'{size} bytes'}, the seal says {entry['bytes']} bytes. Move it and {SEAL} away and run: {self.remedy}"
                 )
         return digest_bytes(self.seal_path.read_bytes())
+
+    def check_seal(self, seal: dict[str, Any]) -> None:
+        """Compare what a seal says with the plan. Raises MismatchError, CorruptShardError."""
+        for key, value in self.about.items():
+            if seal.get(key) != value:
+                raise MismatchError(
+                    f"{self.seal_path}: made with {key} = {seal.get(key)!r}, now {value!r}. Move the folder away and run: {self.remedy}"
+                )
+        listed = [entry["file"] for entry in seal.get("shards", [])]
+        if listed != [self.path(shard).name for shard in range(self.num_shards)]:
+            raise CorruptShardError(
+                f"{self.seal_path}: lists {len(listed)} shards, the plan has {self.num_shards}. Move it away and run: {self.remedy}"
+            )

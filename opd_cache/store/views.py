@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from opd_cache.run_dir import RESULTS
 from opd_cache.schema import EVALS, PROMPTS, ROLLOUTS, SCORES, STEPS, TEACHER_PROMPTS, VOCAB, Column
 from opd_cache.store.plans import SamplingPlan
 from opd_cache.store.sealed import RunFiles, StageFiles
@@ -198,7 +199,7 @@ def _steps(found: RunFiles) -> list[tuple[int, Path]]:
 
 
 def _results(found: RunFiles) -> list[Path]:
-    return [found.dir.evaluation(subject) / "results.parquet" for subject in found.subjects]
+    return [found.dir.evaluation(subject) / RESULTS for subject in found.subjects]
 
 
 def _existing(path: Path) -> list[Path]:

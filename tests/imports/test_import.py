@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import STOP_IDS, complete, data_files, run_command, write_jsonl
+from helpers import STOP_IDS, assert_verified, complete, data_files, run_command, write_jsonl
 
 from opd_cache.config import Recipe
 from opd_cache.errors import MismatchError, RolloutFileError
@@ -100,6 +100,7 @@ def test_the_command_takes_files_in_and_a_run_goes_on_from_them(
     with pytest.raises(MismatchError, match=r"Move .*episode=0 away to import the episode again"):
         import_episode(run, 0, shards[:1], "auto")
     assert complete(run.recipe).has_policy(1)
+    assert_verified(run.dir.path)
 
 
 def test_files_that_are_none_are_refused(task: Path, tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_tokens_that_a_mask_leaves_out_are_context_and_never_learned(
     sql = "SELECT bool_and(num_scored_tokens = 7), bool_and(abs(reverse_kl_sum + t.s) < 1e-4) FROM samples JOIN (SELECT rollout_id, sum(advantage) AS s FROM tokens GROUP BY 1) t USING (rollout_id)"
     assert query_rows(path, sql)[1] == [(True, True)]
     assert reverse_kl == pytest.approx(expected_reverse_kl(run, rows, run.recipe.student.model), abs=1e-4)
+    assert_verified(path)
 
 
 def expected_reverse_kl(run: Run, rows: list[Rollout], model: str) -> float:

@@ -1,6 +1,5 @@
 """The learn stage around its steps: signals, kept checkpoints, loggers, epochs, and the inputs that it refuses."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import edit_json
 
 from opd_cache.config import Recipe
 from opd_cache.errors import (
@@ -26,6 +26,7 @@ from opd_cache.learn.stage import learn_episode, new_engine
 from opd_cache.learn.step import Trainer
 from opd_cache.run import Run, open_run
 from opd_cache.stop import noted_signals
+from opd_cache.store.publish import read_json
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def rewritten(path: Path, change: Callable[[dict[str, list]], None]) -> None:
         writer.write_table(pa.table(columns, schema=schema))
         writer.add_key_value_metadata({"opd_cache": footer})
     seal_path = path.with_name("_SEALED.json")
-    seal = json.loads(seal_path.read_text())
-    for entry in seal["shards"]:
+    shards = read_json(seal_path)["shards"]
+    for entry in shards:
         if entry["file"] == path.name:
             entry["bytes"] = path.stat().st_size
-    seal_path.write_text(json.dumps(seal))
+    edit_json(seal_path, shards=shards)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

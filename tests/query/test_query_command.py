@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from helpers import run_command
+from helpers import edit_json, run_command
 
 import opd_cache
 from opd_cache.queries import described_examples, example_names, example_sql
@@ -234,7 +234,7 @@ def test_a_teacher_that_is_linked_twice_does_not_disagree_with_itself(finished_r
     for episode in ("episode=0", "episode=1"):
         twin = Path(shutil.copytree(path / episode / "scores/teacher=main", path / episode / "scores/teacher=twin"))
         for name in ("plan.json", SEAL):
-            (twin / name).write_text((twin / name).read_text().replace('"teacher": "main"', '"teacher": "twin"'))
+            edit_json(twin / name, teacher="twin")
     rows = asked(path, "teacher-disagreement")
     assert [(row["teacher"], row["other"], row["difference"]) for row in rows] == [("main", "twin", 0.0)] * 2
     assert all(row["correlation"] == pytest.approx(1) for row in rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helpers import edit_json
 
 import opd_cache
 from opd_cache.config import Recipe
@@ -263,15 +264,14 @@ def test_partial_includes_the_published_shards(unsealed: Path) -> None:
 
 def test_scores_of_other_rollouts_are_refused(run_copy: Path) -> None:
     seal = run_copy / "episode=0/rollouts" / SEAL
-    seal.write_text(seal.read_text() + "\n")
+    edit_json(seal, note="other")
     with pytest.raises(MismatchError, match=r"episode=0/scores/teacher=main/_SEALED\.json: made from rollouts"):
         opd_cache.connect(run_copy)
 
 
 @pytest.mark.parametrize("name", ["run.json", f"episode=0/rollouts/{SEAL}"])
 def test_a_run_of_a_newer_schema_is_refused(run_copy: Path, name: str) -> None:
-    path = run_copy / name
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    edit_json(run_copy / name, schema_version=2)
     with pytest.raises(MismatchError, match="schema version 2, this opd-cache reads 1"):
         opd_cache.connect(run_copy)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers import data_files
+from helpers import assert_verified, data_files
 
 from opd_cache.config import Recipe
 from opd_cache.errors import AlignmentError, MismatchError, MissingInputError, OpdCacheError
@@ -154,6 +154,8 @@ def test_status_query_and_replay_know_the_parts(unscored: Callable[..., Run], tm
     (compared,) = replay_run(run.dir.path, tmp_path / "replay", None, [])["episodes"]
     assert compared["same_weights"] is True
     assert (tmp_path / "replay/episode=0/scores/teacher=main,from=4/_SEALED.json").exists()
+    assert_verified(run.dir.path)
+    assert_verified(tmp_path / "replay")
 
 
 @pytest.mark.parametrize(

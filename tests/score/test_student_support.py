@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import assert_verified
 from transformers import AutoModelForCausalLM
 
 from opd_cache.config import Recipe, ScoreConfig, TeacherConfig
@@ -119,6 +120,7 @@ def test_tokens_behind_the_horizon_are_scored_on_the_same_support(unscored: Call
     for (_, whole), (_, found) in zip(at_once, rows(scored(unscored(*ON_STUDENT))), strict=True):
         np.testing.assert_array_equal(found.topk_ids, whole.topk_ids)
         np.testing.assert_allclose(found.topk_logprobs, whole.topk_logprobs, atol=1e-4)
+    assert_verified(run.dir.path)
 
 
 def test_scores_on_one_support_are_not_mixed_with_the_others(unscored: Callable[..., Run]) -> None:

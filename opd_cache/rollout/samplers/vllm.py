@@ -19,7 +19,7 @@ from opd_cache.models import dtype_name
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.run_dir import CANARY
 from opd_cache.store.plans import SamplingPlan
-from opd_cache.store.publish import read_json
+from opd_cache.store.publish import read_plain_json
 from opd_cache.types import Float32Array, Int32Array
 from opd_cache.vllm_engine import (
     VERSION,
@@ -79,7 +79,7 @@ class VllmSampler:
         """What is wrong with the engine's log-probs of the sequence that the learner wrote beside the policy."""
         if not (folder / CANARY).exists():
             return None
-        canary = read_json(folder / CANARY)
+        canary = read_plain_json(folder / CANARY)
         found = self.loaded.logprobs_of(canary["prompt_ids"], canary["response_ids"])
         difference = np.abs(found - np.array(canary["logprobs"], np.float32)).max()
         if difference <= CANARY_TOLERANCE.get(self.dtype, CANARY_TOLERANCE_16_BITS):

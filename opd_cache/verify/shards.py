@@ -1,0 +1,191 @@
+"""One shard of rollouts with the scores beside it: digests, checksums, ids, lengths and values, by whole columns."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from opd_cache.errors import AlignmentError, CorruptShardError
+from opd_cache.store.columns import fits, is_even, row_groups
+from opd_cache.store.join import num_scored
+from opd_cache.store.plans import RolloutPlan
+from opd_cache.store.publish import digest_file
+from opd_cache.store.rows import STUDENT_TOPK, Lists, RowGroup
+from opd_cache.store.shards import ShardSet
+from opd_cache.types import hash_ids
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rollouts are compared with."""
+
+    plan: RolloutPlan
+    prompt_hashes: npt.NDArray[np.uint64]  # by prompt index: hash_ids of its ids and no response
+    vocab_size: int | None  # ids are below it; None where no file says
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a shard's scores are compared with."""
+
+    rollout_ids: pa.Array
+    ids_hashes: npt.NDArray[np.uint64]
+    num_tokens: npt.NDArray[np.int32]  # of the responses
+
+
+def hash_prompts(ids: Lists) -> list[int]:
+    """hash_ids of each prompt with an empty response."""
+    nothing = np.zeros(0, np.int32)
+    return [hash_ids(prompt, nothing) for prompt in ids.rows()]
+
+
+def check_digest(shards: ShardSet, shard: int, seal: dict[str, Any] | None) -> None:
+    """Compare a shard's bytes with its seal. Raises CorruptShardError."""
+    if seal is None:
+        return
+    entry, path = seal["shards"][shard], shards.path(shard)
+    if (digest := digest_file(path)) != entry["sha256"]:
+        raise CorruptShardError(
+            f"{path}: its sha256 is {digest[:12]}…, {shards.seal_path.name} says {entry['sha256'][:12]}…"
+        )
+
+
+def check_rollouts(shards: ShardSet, shard: int, facts: Facts) -> Rows:
+    """Read a shard whole and compare every row with the plan, the prompts and itself.
+
+    Memory: one row group. Raises CorruptShardError, MismatchError.
+    """
+    expected = _planned_ids(facts.plan, shard)
+    hashes, counts, end = [], [], 0
+    for first, group in row_groups(shards, shard, 0):
+        end = first + len(group.table)
+        fault = _rollouts_fault(group, facts, expected[first:end])
+        if fault is not None:
+            raise CorruptShardError(f"{shards.path(shard)} rows {first} to {end - 1}: {fault}")
+        hashes.append(group.table["ids_hash"].to_numpy())
+        counts.append(group.table["num_response_tokens"].to_numpy())
+    if end != len(expected):
+        raise CorruptShardError(f"{shards.path(shard)}: {end} rows, the plan has {len(expected)}")
+    return Rows(expected, np.concatenate(hashes), np.concatenate(counts))
+
+
+def _planned_ids(plan: RolloutPlan, shard: int) -> pa.Array:
+    samples = range(plan.n_samples_per_prompt)
+    prompts = plan.shard_prompts(shard)
+    return pa.array([f"{plan.scope}/{prompt}/{sample}" for prompt in prompts for sample in samples], pa.string())
+
+
+def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | None:
+    table, lists, plan = group.table, group.lists, facts.plan
+    if len(expected) != len(table):
+        return f"{len(table)} rows, of which the plan has {len(expected)}"
+    if not table["rollout_id"].combine_chunks().equals(expected):
+        return "its rollout_ids are not those of the plan, in their order"
+    for ids in ("prompt_ids", "response_ids"):
+        if not np.array_equal(np.diff(lists[ids].offsets), table[f"num_{ids.removesuffix('ids')}tokens"].to_numpy()):
+            return f"lists of {ids} do not have the lengths that are said beside them"
+    if not fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",)) or not fits(
+        group, "student_topk_ids", ("student_topk_logprobs",)
+    ):
+        return "log-probs or rewards that none can be (NaN, above 0, or not one for each id)"
+    if not is_even(group, "response_ids", dict.fromkeys(STUDENT_TOPK, plan.sampling.student_top_k)):
+        return "student_topk lists of another length than the plan's"
+    if "loss_mask" in lists and not is_even(group, "response_ids", {"loss_mask": 1}):
+        return "loss_mask does not have one entry for each response id"
+    for name in ("prompt_ids", "response_ids", "student_topk_ids"):
+        if name in lists and (fault := _ids_fault(lists[name].values, name, facts.vocab_size)):
+            return fault
+    if set(table["policy_version"].unique().to_pylist()) - {plan.policy_version}:
+        return f"policy_version is not the plan's, {plan.policy_version}"
+    return _hashes_fault(group, facts.prompt_hashes)
+
+
+def _ids_fault(values: npt.NDArray, name: str, vocab_size: int | None) -> str | None:
+    if not values.size:
+        return None
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        return f"{name} holds id {low if low < 0 else high}, the vocabulary has {vocab_size or 'ids from 0 on'}"
+    return None
+
+
+def _hashes_fault(group: RowGroup, prompt_hashes: npt.NDArray[np.uint64]) -> str | None:
+    """Compare every row's ids with its ids_hash, and its prompt with prompts.parquet."""
+    table, prompts, responses = group.table, group.lists["prompt_ids"], group.lists["response_ids"]
+    found, known = [], []
+    for prompt, response in zip(_byte_rows(prompts), _byte_rows(responses), strict=True):
+        digest = xxhash.xxh3_64((len(prompt) // 4).to_bytes(8, "little"))
+        digest.update(prompt)
+        known.append(digest.intdigest())
+        digest.update(response)
+        found.append(digest.intdigest())
+    indices = table["prompt_index"].to_numpy()
+    if not np.array_equal(np.array(found, np.uint64), table["ids_hash"].to_numpy()):
+        return "token ids do not give their ids_hash"
+    if indices.min() < 0 or indices.max() >= len(prompt_hashes):
+        return f"prompt_index {indices.max()}, there are {len(prompt_hashes)} prompts"
+    if not np.array_equal(np.array(known, np.uint64), prompt_hashes[indices]):
+        return "prompt_ids are not those of the prompts file"
+    return None
+
+
+def _byte_rows(ids: Lists) -> Iterator[memoryview]:
+    data = np.ascontiguousarray(ids.values, dtype="<i4").data.cast("B")
+    ends = (ids.offsets * 4).tolist()
+    return (data[start:end] for start, end in itertools.pairwise(ends))
+
+
+def check_scores(scores: ShardSet, shard: int, rows: Rows, vocab_size: int | None) -> None:
+    """Read a shard of scores whole and compare every row with its rollout.
+
+    Memory: one row group. Raises CorruptShardError, AlignmentError, MismatchError.
+    """
+    end = 0
+    for first, group in row_groups(scores, shard, 0):
+        end = first + len(group.table)
+        mine = slice(first, end)
+        part = Rows(rows.rollout_ids[mine], rows.ids_hashes[mine], rows.num_tokens[mine])
+        place = f"{scores.path(shard)} rows {first} to {end - 1}"
+        if fault := _alignment_fault(group, part):
+            raise AlignmentError(f"{place}: {fault}")
+        if fault := _scores_fault(group, scores.about, part.num_tokens, vocab_size):
+            raise CorruptShardError(f"{place}: {fault}")
+    if end != len(rows.rollout_ids):
+        raise AlignmentError(f"{scores.path(shard)}: {end} rows, its rollouts have {len(rows.rollout_ids)}")
+
+
+def _alignment_fault(group: RowGroup, rows: Rows) -> str | None:
+    if not group.table["rollout_id"].combine_chunks().equals(rows.rollout_ids):
+        return "rollout_ids are not those of the rollouts beside them"
+    if not np.array_equal(group.table["ids_hash"].to_numpy(), rows.ids_hashes):
+        return "made from other token ids (ids_hash)"
+    return None
+
+
+def _scores_fault(
+    group: RowGroup, about: dict[str, Any], num_tokens: npt.NDArray[np.int32], vocab_size: int | None
+) -> str | None:
+    table, lists, top_k = group.table, group.lists, about["top_k"]
+    first, horizon = about.get("first_token"), about.get("horizon")
+    counts = np.array([num_scored(count, first, horizon) for count in num_tokens.tolist()], np.int32)
+    counts[~table["error"].is_null().to_numpy()] = 0
+    lengths = table["num_response_tokens"].to_numpy()
+    if not np.array_equal(lengths, counts) or not np.array_equal(np.diff(lists["teacher_logprobs"].offsets), counts):
+        return "not one log-prob for each response token that is to be scored"
+    if not is_even(group, "teacher_logprobs", {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}):
+        return "teacher_rank or top-k lists of another length than the plan's"
+    if not fits(group, "teacher_logprobs", ("teacher_logprobs",)) or not fits(
+        group, "topk_logprobs", ("topk_logprobs",)
+    ):
+        return "log-probs that none can be (NaN or above 0)"
+    ranks = lists["teacher_rank"].values
+    if ranks.size and ranks.min() < 0:
+        return f"teacher_rank holds {ranks.min()}; a rank is at least 1, or 0 for unknown"
+    if "topk_ids" in lists:
+        return _ids_fault(lists["topk_ids"].values, "topk_ids", vocab_size)
+    return None

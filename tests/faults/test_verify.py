@@ -1,0 +1,78 @@
+"""`verify` on a run that is whole, and on runs with one file damaged, gone or foreign; `repair` and the same command mend them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import data_files
+
+from opd_cache.config import Recipe
+from opd_cache.pipeline import InlineStages
+from opd_cache.run import Run, open_run
+from opd_cache.verify.run import Verdict, quarantine, verify_run
+
+ROLLOUTS = "episode=1/rollouts/shard-00001-of-00003.parquet"
+SCORES = "episode=0/scores/teacher=main/shard-00002-of-00003.parquet"
+
+
+@pytest.fixture
+def copied(finished_run: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run.dir.path, tmp_path / "run"))
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 0x10
+    path.write_bytes(data)
+
+
+def files_of(verdict: Verdict) -> list[str]:
+    return sorted({verdict.name(found.file) for found in verdict.findings})
+
+
+def test_a_whole_run_is_clean_and_every_data_file_is_read(finished_run: Run) -> None:
+    verdict = verify_run(finished_run.dir.path)
+    assert [found.problem for found in verdict.findings] == []
+    assert verdict.bytes > sum(len(data) for name, data in data_files(finished_run.dir.path).items()) * 0.95
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "episode=1/plan.json", ROLLOUTS, SCORES,
+        "episode=1/rollouts/_SEALED.json", "episode=0/scores/teacher=main/_SEALED.json",
+        "episode=0/scores/teacher=main/plan.json", "episode=0/learn/plan.json", "episode=0/learn/steps.parquet",
+        "episode=0/policy/model.safetensors", "episode=1/policy/_COMPLETE.json", "episode=1/policy/config.json",
+        "episode=0/policy/trainer/optimizer.safetensors", "evals/policy=2/results.parquet",
+        "evals/policy=1/mode=greedy/rollouts/shard-00000-of-00001.parquet",
+    ],
+)  # fmt: skip
+def test_a_flipped_bit_is_found_and_its_file_made_anew(
+    copied: Path, finished_run: Run, make_recipe: Callable[..., Recipe], name: str
+) -> None:
+    flip(copied / name, 0.4)
+    verdict = verify_run(copied)
+    assert name in [named for found in verdict.to_dict()["findings"] for named in (found["file"], *found["moves"])]
+    mend(copied, verdict, make_recipe)
+    assert data_files(copied) == data_files(finished_run.dir.path)
+    assert verify_run(copied).findings == []
+    assert (copied / "quarantine/moved.jsonl").exists()
+
+
+def mend(path: Path, verdict: Verdict, make_recipe: Callable[..., Recipe]) -> None:
+    """Repair, then the commands that it names."""
+    quarantine(verdict)
+    stages = InlineStages(open_run(make_recipe(path)))
+    for again in dict.fromkeys(again for found in verdict.findings for again in found.again):
+        _, stage, _, _, number, *_ = again.split()
+        stages(stage, int(number))
+
+
+@pytest.mark.parametrize("name", ["prompts.parquet", "vocab.parquet", "eval_prompts.parquet"])
+def test_what_nothing_makes_anew_is_named_and_stays(copied: Path, name: str) -> None:
+    flip(copied / name)
+    verdict = verify_run(copied)
+    assert name in files_of(verdict)
+    assert quarantine(verdict) == []
+    assert (copied / name).exists()
