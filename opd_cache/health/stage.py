@@ -79,8 +79,8 @@ def _figures(run: RunDir, stage: str, episode: int, teacher: str | None) -> dict
         sums = _sums([target.rollouts])
         return None if sums is None else rollout_shares(sums)
     if stage == "score":
-        name = teacher or ""
-        sums = _sums([target.scores(name, first) for first in scored_parts(target, name)])
+        parts = [target.scores(teacher or "", first) for first in scored_parts(target, teacher or "")]
+        sums = _sums(parts) if parts else None
         return None if sums is None else score_means(sums)
     if not run.steps(episode).exists():
         return None

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError, TryAgainError
 
 T = TypeVar("T")
+TELLING_S = 5.0
 LAUNCH = "OPD_CACHE_LAUNCH"  # any text that is the same for all ranks of one launch and no others
 
 
@@ -139,9 +141,18 @@ def _check_launch(store: dist.Store, ranks: Ranks, launch: str, place: str) -> N
     store.wait(keys)
     found = sorted({value.decode() for value in (kept, *store.multi_get(keys), f"launch {launch}".encode())})
     if len(found) > 1:
+        _let_all_find_out(store, ranks)
         raise TryAgainError(
             f"rank {ranks.rank} met ranks of another launch at {place} ({LAUNCH} is {' and '.join(repr(one.removeprefix('launch ')) for one in found)}): two copies of one job are running. Run the same command again when one has ended."
         )
+
+
+def _let_all_find_out(store: dist.Store, ranks: Ranks) -> None:
+    """The store ends with the first rank: wait a little for those that have not read it yet."""
+    store.add("told", 1)
+    deadline = time.monotonic() + TELLING_S
+    while ranks.is_first and store.add("told", 0) < ranks.world and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _name_the_meeting_point() -> None:

@@ -1,11 +1,11 @@
-"""What is wrong with a run, or not there: missing and failed shards, slow ones, what no view reads."""
+"""What is wrong with a run, or not there: what its health checks warn of, missing and failed shards, slow ones, what no view reads."""
 
 from typing import Any
 
 from opd_cache.errors import OpdCacheError
 from opd_cache.report.live import LiveRun
 from opd_cache.run_dir import EPISODE_FOLDER, PLAN, RunDir
-from opd_cache.status import asked_teachers, evaluated_subjects, failed_shards, score_folders
+from opd_cache.status import asked_teachers, evaluated_subjects, failed_shards, kept_warnings, score_folders
 from opd_cache.store.publish import read_json
 from opd_cache.store.sealed import StageFiles, find_files, num_shards
 
@@ -19,6 +19,7 @@ SLOW = f"""
     )
     SELECT *, median_tokens_per_s / tokens_per_s AS times_slower FROM measured
     WHERE times_slower >= {SLOWER} ORDER BY times_slower DESC LIMIT {MAX_SLOW}"""
+WARNING = ("episode", "stage", "teacher", "text", "query", "command")
 FAILURE = ("file", "stage", "error", "message", "time", "host", "pid")
 
 
@@ -28,6 +29,7 @@ def run_health(run: LiveRun) -> dict[str, Any]:
     return {
         "name": run.name,
         **_measured(run),
+        "warnings": [{key: warning[key] for key in WARNING} for warning in kept_warnings(directory)],
         "gaps": gaps(directory),
         "failed": [{key: note.get(key) for key in FAILURE} for note in failed_shards(directory)],
         "left_out": run.left_out,

@@ -20,7 +20,7 @@ MARKUP = "</script><script>document.title='run'</script>:"
 PROMPTS = [MARKUP, "<img src=x onerror=alert(1)>:", *(f"sort {word}:" for word in ("ba", "cab", "dcb", "fed", "hig"))]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def run_path(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two episodes that both sample all prompts twice. Copy it before changing anything."""
     folder = tmp_path_factory.mktemp("pages")
@@ -38,7 +38,7 @@ def copied_run(run_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_path, tmp_path / "copy"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def address(run_path: Path) -> Iterator[str]:
     """Of `opd-cache serve`, begun as a user does."""
     command = opd_cache_command("serve", str(run_path), "--port", "0", "--json")
@@ -66,9 +66,9 @@ def serve() -> Iterator[Callable[..., PageServer]]:
         server.server_close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
-    """Debian's Chromium. Ended with this folder's tests: while it runs, others cannot start an event loop."""
+    """Debian's Chromium. Ended with a file's tests: while it runs, others cannot start an event loop."""
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no {CHROMIUM}: apt-get install chromium")
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")

@@ -11,6 +11,8 @@ import pytest
 from opd_cache.queries import example_names
 from opd_cache.report import live
 from opd_cache.report.serve import PageServer
+from opd_cache.run_dir import RunDir
+from opd_cache.status import kept_warnings
 from opd_cache.store.query import query_rows
 
 Open = Callable[..., Any]
@@ -262,7 +264,15 @@ def test_the_theme_button_goes_round_and_is_remembered(address: str, open_page: 
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
 
 
-def test_health_shows_what_is_missing(open_page: Open, serve: Callable[..., PageServer], copied_run: Path) -> None:
+def test_health_shows_warnings_and_what_is_missing(
+    open_page: Open, serve: Callable[..., PageServer], copied_run: Path
+) -> None:
+    page = open_page(f"{serve(copy=copied_run).url}#/health")
+    warnings = kept_warnings(RunDir(copied_run))
+    assert f"{len(warnings)} warnings, 0 stages with gaps" in page.locator(".verdict.warn").inner_text()
+    shown = page.get_by_role("table", name="Warnings").inner_text()
+    assert all(warning["text"] in shown and warning["query"] in shown for warning in warnings)
+    shutil.rmtree(copied_run / "logs/health")
     page = open_page(f"{serve(copy=copied_run).url}#/health")
     assert "are there and sealed" in page.locator(".verdict.good").inner_text()
     (copied_run / "episode=1/scores/teacher=main/shard-00001-of-00002.parquet").unlink()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from helpers import opd_cache_command, run_command
+from helpers import edit_json, opd_cache_command, run_command
 
 from opd_cache.errors import ConfigError
 from opd_cache.limits import DEFAULT_LIMITS
@@ -344,8 +344,7 @@ def test_what_cannot_be_served_is_one_line(run_path: Path, copied_run: Path, tmp
             f"ConfigError: --host 127.0.0.1 --port {port}: Address already in use. Give another port, or --port 0 for any that is free."
         )
     assert "--host no.such.host.invalid" in refused("serve", run_path, "--host", "no.such.host.invalid")
-    identity = json.loads((copied_run / "run.json").read_text())
-    (copied_run / "run.json").write_text(json.dumps({**identity, "schema_version": SCHEMA_VERSION + 1}))
+    edit_json(copied_run / "run.json", schema_version=SCHEMA_VERSION + 1)
     for command in ("serve", "report"):
         assert f"schema version {SCHEMA_VERSION + 1}, this opd-cache reads" in refused(command, copied_run)
 

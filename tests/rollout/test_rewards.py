@@ -21,7 +21,7 @@ from opd_cache.quickstart.sort_letters import byte_tokenizer
 from opd_cache.run import Run, open_run
 from opd_cache.store.join import read_rollouts, rollout_fault
 from opd_cache.store.plans import load_rollout_plan, publish_rollout_plan, rollout_shards
-from opd_cache.store.publish import read_json
+from opd_cache.store.publish import read_json, signed_json
 from opd_cache.store.query import query_rows
 from opd_cache.types import Rollout
 
@@ -222,7 +222,7 @@ def test_caches_without_rewards_stay_as_they_were(finished_run: Run, tmp_path: P
     assert {row.reward for row in sampled(finished_run)} == {None}
     old = replace(target, path=tmp_path)
     content = {key: value for key, value in read_json(target.plan).items() if key != "reward"}
-    old.plan.write_text(json.dumps(content))
+    old.plan.write_bytes(signed_json(content))
     assert asdict(load_rollout_plan(old)) == asdict(plan)
     publish_rollout_plan(old, plan, "")
 

@@ -1,4 +1,4 @@
-// What is missing, has failed, was slow, or lies where no view reads it.
+// What its checks warn of, what is missing, has failed, was slow, or lies where no view reads it.
 
 import { count, el, fixed, heading, missing } from "opd/dom.js";
 import { dataTable } from "opd/table.js";
@@ -11,12 +11,13 @@ export async function showHealth(_, { source }) {
 }
 
 function runHealth(run, isNamed) {
-  const problems = run.fault !== null || run.gaps.length + run.failed.length > 0;
-  const summary = problems ? `${count(run.gaps.length)} stages with gaps, ${count(run.failed.length)} failed shards` : `All ${count(run.shards)} shards of what has begun are there and sealed.`;
+  const problems = run.fault !== null || run.warnings.length + run.gaps.length + run.failed.length > 0;
+  const summary = problems ? `${count(run.warnings.length)} warnings, ${count(run.gaps.length)} stages with gaps, ${count(run.failed.length)} failed shards` : `All ${count(run.shards)} shards of what has begun are there and sealed.`;
   return [
     isNamed ? el("h2", { class: "run-name" }, run.name) : null,
     run.fault === null ? null : el("p", { class: "error", role: "alert" }, run.fault),
     el("p", { class: problems ? "verdict warn" : "verdict good" }, summary),
+    part("Warnings", "Figures beyond the recipe's health thresholds, as each stage was completed; the command shows where they come from.", warningTable(run)),
     part("Gaps", "Stages that lack shards or their seal. A stage that is running shows up here, too; the stage's command makes what is missing.", gapTable(run)),
     part("Failed shards", "They failed for good; the stage's command tries them again.", failedTable(run)),
     part("Slow shards", "At least twice the time a token of their stage's median.", slowTable(run), run.with_seconds === 0 ? "No log says how long shards took." : null),
@@ -37,12 +38,26 @@ function list(texts) {
 function gapTable({ name, gaps }) {
   const columns = [
     { label: "Episode", show: (row) => String(row.episode) },
-    { label: "Stage", show: (row) => (row.teacher === null ? row.stage : `${row.stage}, ${row.teacher}`) },
+    { label: "Stage", show: stageOf },
     { label: "There", numeric: true, show: (row) => `${row.num_shards - row.missing.length} of ${row.num_shards}` },
     { label: "Missing", show: (row) => numbers(row.missing) },
     { label: "Seal", show: (row) => (row.is_sealed ? "sealed, but shards are gone" : "not sealed") },
   ];
   return gaps.length ? dataTable(`Gaps of ${name}`, columns, gaps) : null;
+}
+
+function warningTable({ name, warnings }) {
+  const columns = [
+    { label: "Episode", show: (row) => String(row.episode) },
+    { label: "Stage", show: stageOf },
+    { label: "Warning", class: "texts", show: (row) => row.text },
+    { label: "See", show: (row) => el("code", {}, row.command) },
+  ];
+  return warnings.length ? dataTable(`Warnings of ${name}`, columns, warnings) : null;
+}
+
+function stageOf(row) {
+  return row.teacher === null ? row.stage : `${row.stage}, ${row.teacher}`;
 }
 
 function numbers(shards) {
