@@ -9,6 +9,7 @@ tokens a second.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -73,6 +74,11 @@ def token_ids(rng: np.random.Generator, size: int) -> Int32Array:
     return (2 + (VOCABULARY - 2) * rng.random(size) ** 4).astype(np.int32)
 
 
+@functools.lru_cache(maxsize=16)
+def prompt_ids(prompt: int) -> Int32Array:
+    return token_ids(np.random.default_rng([1, prompt]), PROMPT_TOKENS)
+
+
 def student_logprobs(rng: np.random.Generator, size: int) -> Float32Array:
     """Nine of ten tokens are nearly sure."""
     scale = np.where(rng.random(size) < 0.9, 0.05, 1.5)
@@ -109,13 +115,13 @@ def big_recipe(path: Path, shape: Shape) -> Recipe:
 
 
 def publish_prompts(run: RunDir, count: int) -> None:
-    rng, schema = np.random.default_rng(1), arrow_schema(PROMPTS)
+    schema = arrow_schema(PROMPTS)
     columns = {
         "prompt_index": range(count),
         "prompt_id": [f"p{index}" for index in range(count)],
         "text": [f"Problem {index}: " + "what is it? " * 20 for index in range(count)],
         "num_prompt_tokens": [PROMPT_TOKENS] * count,
-        "prompt_ids": list(token_ids(rng, PROMPT_TOKENS * count).reshape(count, PROMPT_TOKENS)),
+        "prompt_ids": [prompt_ids(index) for index in range(count)],
         "answer": [str(index) for index in range(count)],
         "fields": [json.dumps({"subject": SUBJECTS[index % len(SUBJECTS)]}) for index in range(count)],
     }
@@ -137,6 +143,7 @@ def publish_identity(run: RunDir, recipe: Recipe) -> str:
         "seed": recipe.seed,
         "student": {"source": {}, "fingerprint": "random", "tokenizer": "random"},
         "prompts": {"config": {}, "sha256": digest_file(run.prompts)},
+        "vocab": digest_file(run.vocab),
         "recipe": recipe.to_dict(),
     }
     publish_json(run.run_json, content, "the run", "Choose another folder.")
@@ -197,7 +204,7 @@ def random_rollout(plan: RolloutPlan, rng: np.random.Generator, prompt: int, sam
         rollout_id=f"{plan.scope}/{prompt}/{sample}",
         prompt_index=prompt,
         sample_index=sample,
-        prompt_ids=token_ids(rng, PROMPT_TOKENS),
+        prompt_ids=prompt_ids(prompt),
         response_ids=ids,
         sampling_logprobs=student_logprobs(rng, size),
         finish_reason="stop" if size < longest else "length",

@@ -17,7 +17,7 @@ from submitted import Submitted
 
 EVENTS = int(os.environ.get("CHAOS_EVENTS", "4"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-EPISODES = int(os.environ.get("CHAOS_EPISODES", "2"))
+EPISODES = int(os.environ.get("CHAOS_EPISODES", "1"))
 CLUSTER = """
 defaults: {cpus_per_task: 1, mem: 400M, setup: [export OMP_NUM_THREADS=1], partition: low}
 rollout: {num_tasks: 4}

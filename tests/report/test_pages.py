@@ -111,7 +111,7 @@ def test_headers_sort_and_say_so(address: str, open_page: Open, run_path: Path) 
     assert header.get_attribute("aria-sort") == "none"
     for way, word in (("DESC", "descending"), ("ASC", "ascending")):
         header.get_by_role("button").press("Enter")
-        page.wait_for_selector(f"th[aria-sort={word}]")
+        page.wait_for_selector(f"th[aria-sort={word}] [data-sort=num_response_tokens]")
         sql = f"SELECT rollout_id FROM samples ORDER BY num_response_tokens {way}, episode, rollout_id LIMIT 25"
         assert rows_of(page) == [one for (one,) in query_rows(run_path, sql)[1]]
         assert page.evaluate("document.activeElement.dataset.sort") == "num_response_tokens"
