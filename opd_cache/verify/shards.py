@@ -1,7 +1,8 @@
 """One shard of rollouts with the scores beside it: digests, checksums, ids, lengths and values, by whole columns."""
 
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ class Facts:
     """What rollouts are compared with."""
 
     plan: RolloutPlan
+    first_samples: Sequence[
+        int
+    ]  # by place in the plan: sample_index of its first rollout; only imports repeat a prompt
     prompt_hashes: npt.NDArray[np.uint64]  # by prompt index: hash_ids of its ids and no response
     vocab_size: int | None  # ids are below it; None where no file says
 
@@ -60,7 +64,7 @@ def check_rollouts(shards: ShardSet, shard: int, facts: Facts) -> Rows:
 
     Memory: one row group. Raises CorruptShardError, MismatchError.
     """
-    expected = _planned_ids(facts.plan, shard)
+    expected = _planned_ids(facts, shard)
     hashes, counts, end = [], [], 0
     for first, group in row_groups(shards, shard, 0):
         end = first + len(group.table)
@@ -74,10 +78,27 @@ def check_rollouts(shards: ShardSet, shard: int, facts: Facts) -> Rows:
     return Rows(expected, np.concatenate(hashes), np.concatenate(counts))
 
 
-def _planned_ids(plan: RolloutPlan, shard: int) -> pa.Array:
-    samples = range(plan.n_samples_per_prompt)
-    prompts = plan.shard_prompts(shard)
-    return pa.array([f"{plan.scope}/{prompt}/{sample}" for prompt in prompts for sample in samples], pa.string())
+def first_samples(plan: RolloutPlan) -> list[int]:
+    """How many rollouts of its prompt come before each place of a plan."""
+    seen: Counter[int] = Counter()
+    firsts = []
+    for prompt in plan.prompt_indices:
+        firsts.append(seen[prompt])
+        seen[prompt] += plan.n_samples_per_prompt
+    return firsts
+
+
+def _planned_ids(facts: Facts, shard: int) -> pa.Array:
+    plan, size = facts.plan, facts.plan.prompts_per_shard
+    firsts = facts.first_samples[shard * size : (shard + 1) * size]
+    return pa.array(
+        [
+            f"{plan.scope}/{prompt}/{first + sample}"
+            for prompt, first in zip(plan.shard_prompts(shard), firsts, strict=True)
+            for sample in range(plan.n_samples_per_prompt)
+        ],
+        pa.string(),
+    )
 
 
 def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | None:

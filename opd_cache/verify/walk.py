@@ -19,7 +19,7 @@ from opd_cache.store.publish import digest_file, read_json, read_plain_json
 from opd_cache.store.rows import row_group
 from opd_cache.store.sealed import MODES
 from opd_cache.store.shards import ShardSet, read_row_groups
-from opd_cache.verify.shards import Facts, Rows, check_digest, check_rollouts, check_scores, hash_prompts
+from opd_cache.verify.shards import Facts, Rows, check_digest, check_rollouts, check_scores, first_samples, hash_prompts
 
 Seal = dict[str, Any]
 Sealed = tuple[ShardSet, Seal | None]  # None where there is no seal, or none that can be read
@@ -169,7 +169,7 @@ def _set_checks(known: Known, target: RolloutSet, prompts: _PromptHashes, is_eva
         part = yield from _score_part(target, plan, folder)
         if part is not None:
             scores.append(part)
-    facts = Facts(plan, hashes, known.vocab_size)
+    facts = Facts(plan, first_samples(plan), hashes, known.vocab_size)
     for shard in range(plan.num_shards):
         if files := tuple(
             path for one in (rollouts, *(one for one, _ in scores)) if (path := one.path(shard)).exists()

@@ -1,11 +1,12 @@
 """`verify` on a run that is whole, and on runs with one file damaged, gone or foreign; `repair` and the same command mend them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import data_files
+from helpers import data_files, run_command
 
 from opd_cache.config import Recipe
 from opd_cache.pipeline import InlineStages
@@ -76,3 +77,24 @@ def test_what_nothing_makes_anew_is_named_and_stays(copied: Path, name: str) -> 
     assert name in files_of(verdict)
     assert quarantine(verdict) == []
     assert (copied / name).exists()
+
+
+def test_the_commands_name_the_damage_and_move_it(copied: Path) -> None:
+    assert run_command("verify", copied).stdout.startswith("clean: ")
+    flip(copied / SCORES)
+    found = run_command("verify", copied)
+    assert (found.returncode, len(found.stderr.strip().splitlines())) == (2, 1)
+    assert f"Run: opd-cache repair {copied}" in found.stderr
+    assert found.stdout.startswith(f"{SCORES}: its sha256 is ")
+    listed = json.loads(run_command("verify", copied, "--json").stdout)
+    assert [(one["file"], one["again"]) for one in listed["findings"]] == [
+        (SCORES, ["opd-cache score RECIPE --episode 0 --teacher main"])
+    ]
+    assert "moved" not in run_command("repair", copied, "--dry-run").stdout
+    assert (copied / SCORES).exists()
+    mended = run_command("repair", copied)
+    assert mended.returncode == 0, mended.stderr
+    assert f"moved {SCORES} to quarantine/{SCORES}" in mended.stdout
+    assert "make it anew: opd-cache score RECIPE --episode 0 --teacher main" in mended.stdout
+    assert (copied / "quarantine" / SCORES).exists()
+    assert run_command("verify", copied.parent).returncode == 2

@@ -153,6 +153,7 @@ def test_whole_groups_stay_groups_and_others_become_single_rollouts(
     stages = InlineStages(run)
     for episode in (0, 1):
         assert stages.score(episode)
+    assert_verified(run.dir.path)
     with pytest.raises(MismatchError, match="imported without sampling_logprobs"):
         stages.learn(0)
     from opd_cache.learn.inputs import open_source
