@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from opd_cache.queries import example_names, example_sql
 from opd_cache.recipes import load_recipe
+from opd_cache.schema import TABLES
+from opd_cache.store.query import query_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,6 +61,19 @@ def test_every_command_of_the_readme_works(quickstart: Path) -> None:
     for block in blocks:
         result = bash(block, quickstart)
         assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_every_ready_query_and_documented_column_has_something_to_say_of_the_quickstart(quickstart: Path) -> None:
+    run = quickstart / "runs/quickstart"
+    rows = {name: query_rows(run, example_sql(name))[1] for name in example_names()}
+    # There is one teacher, no prompt comes twice, and a good run has nothing to warn of.
+    assert {name for name, found in rows.items() if not found} <= {
+        "teacher-disagreement", "prompts-that-got-worse", "empty-responses", "loops", "unlikely-tokens",
+    }  # fmt: skip
+    for view, columns in TABLES.items():
+        if view != "teacher_prompts":  # the quickstart's teacher has no prompts of its own
+            names = [column.name for column in columns if not column.optional]
+            assert len(query_rows(run, f"SELECT {', '.join(names)} FROM {view} LIMIT 5")[1]) > 0, view
 
 
 def test_the_readmes_own_loss_can_be_named_in_a_recipe(quickstart: Path) -> None:

@@ -25,6 +25,7 @@ from opd_cache.config import Recipe
 from opd_cache.health.figures import rollout_figures, score_figures
 from opd_cache.health.stage import check_episode
 from opd_cache.logs import StageProgress, set_up_logging
+from opd_cache.prompts.intake import ROWS_PER_GROUP
 from opd_cache.recipes import load_recipe
 from opd_cache.rollout.plan import plan_episode
 from opd_cache.run_dir import SCHEMA_VERSION, RunDir
@@ -126,7 +127,8 @@ def publish_prompts(run: RunDir, count: int) -> None:
         "fields": [json.dumps({"subject": SUBJECTS[index % len(SUBJECTS)]}) for index in range(count)],
     }
     batch = pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-    publish_table(run.prompts, schema, lambda: [batch], {"stage": "prompts", "config": {}})
+    groups = [batch.slice(start, ROWS_PER_GROUP) for start in range(0, count, ROWS_PER_GROUP)]
+    publish_table(run.prompts, schema, lambda: groups, {"stage": "prompts", "config": {}})
 
 
 def publish_vocab(run: RunDir) -> None:
