@@ -60,7 +60,8 @@ def make_shards(
 ) -> bool:
     """Make this process's share of the missing shards and seal the stage when all are there; True when sealed.
 
-    `make(shard, progress, figures)` yields a shard's record batches and adds up its figures. `facts` (engine, dtype, ...) go into the shard's log.
+    `make(shard, progress, figures)` yields a shard's record batches and adds up its figures. `facts` (engine, dtype,
+    ...) go into the shard's log.
     A shard that fails for good does not keep the others from being made; then one error is raised for all of them.
     Raises ConfigError when the share is a shard that the plan does not have.
     """

@@ -33,7 +33,7 @@ def verify(run_dir: Path, as_json: bool) -> None:
         _print(verdict)
     if verdict.findings:
         raise CorruptShardError(
-            f"{run_dir}: {len(verdict.findings)} of {verdict.files} files are not what they should be. Run: opd-cache repair {run_dir}"
+            f"{run_dir}: {len(verdict.findings)} findings in {verdict.files:,} files. Run: opd-cache repair {run_dir}"
         )
 
 

@@ -25,10 +25,13 @@ log = logging.getLogger(__name__)
 FIRST_EPISODES = 2  # whose entropy is the measure of later ones
 
 
-def check_stage(run: RunDir, recipe: Recipe, stage: str, episode: int, teacher: str | None = None) -> None:
+def check_stage(
+    run: RunDir, recipe: Recipe, stage: str, episode: int, teacher: str | None = None, keep: bool = True
+) -> None:
     """Look at a stage (rollout, score of one teacher, learn), where it is complete; else there is nothing to say.
 
-    Logs one line a warning and keeps them in logs/health. Raises UnhealthyError for what health.fail_on names.
+    Logs one line a warning that is new and, with `keep`, keeps them in logs/health. Raises UnhealthyError for what
+    health.fail_on names.
     """
     figures = _figures(run, stage, episode, teacher)
     if figures is None:
@@ -45,18 +48,19 @@ def check_stage(run: RunDir, recipe: Recipe, stage: str, episode: int, teacher: 
     }
     path = run.health_note(episode, stage, teacher)
     if _kept(path) != json.loads(json.dumps(note)):
-        write_note(path, note)
+        if keep:
+            write_note(path, note)
         for line in lines:
             log.warning("health  %s | %s", label, line)
     _stop(label, recipe.health, found, lines)
 
 
-def check_episode(run: RunDir, recipe: Recipe, episode: int) -> None:
+def check_episode(run: RunDir, recipe: Recipe, episode: int, keep: bool = True) -> None:
     """Look at all that is complete of an episode."""
-    check_stage(run, recipe, "rollout", episode)
+    check_stage(run, recipe, "rollout", episode, keep=keep)
     for teacher in asked_teachers(run.episode(episode)):
-        check_stage(run, recipe, "score", episode, teacher)
-    check_stage(run, recipe, "learn", episode)
+        check_stage(run, recipe, "score", episode, teacher, keep)
+    check_stage(run, recipe, "learn", episode, keep=keep)
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

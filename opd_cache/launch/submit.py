@@ -70,7 +70,7 @@ def plan_submission(
     for episode in sorted(
         {max(0, episode) for work in works if not work.is_done for episode in _episodes_before(work)}
     ):
-        check_episode(run, recipe, episode)
+        check_episode(run, recipe, episode, keep=not is_dry)
     steps = plan_steps(works, queue, cluster.jobs, max_array_size)
     return Submission(run, recipe, scripts, _chosen(steps, episodes), fault)
 

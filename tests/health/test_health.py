@@ -250,8 +250,10 @@ def test_no_stage_starts_and_none_is_submitted_behind_one_that_fails(
     for stage in ("rollout", "rollout", "score"):
         assert stopped(stages, stage).startswith("episode 0 rollout: truncated_share = ")
     assert not (tmp_path / "run/episode=0/scores").exists()
+    shutil.rmtree(tmp_path / "run/logs/health")
     with pytest.raises(UnhealthyError, match="episode 0 rollout: truncated_share"):
         plan_submission(recipe, RunDir(tmp_path / "run"), load_cluster("single_node"), is_dry=True)
+    assert not (tmp_path / "run/logs/health").exists()
     recipe.health.fail_on = None
     assert stages.score(0)
 
