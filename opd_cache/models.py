@@ -129,11 +129,18 @@ class LanguageModel:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [N, V] in float32 of hidden states [N, H]."""
+        return self.finished(self.head_output(hidden_NH))
+
+    def head_output(self, hidden_NH: Tensor) -> Tensor:
+        """What the LM head gives for hidden states [N, H], in its own dtype; `finished` makes logits of it."""
         if self._slow_head:
             bias_V = None if (bias := getattr(self.head, "bias", None)) is None else bias.float()
-            logits_NV = torch.nn.functional.linear(hidden_NH.float(), self.head.weight.float(), bias_V)
-        else:
-            logits_NV = self.head(hidden_NH).float()
+            return torch.nn.functional.linear(hidden_NH.float(), self.head.weight.float(), bias_V)
+        return self.head(hidden_NH)
+
+    def finished(self, head_output_NV: Tensor) -> Tensor:
+        """Float32 logits of the head's output; the same memory where nothing is to be done."""
+        logits_NV = head_output_NV.float()
         if self.logit_scale != 1:
             logits_NV = logits_NV * self.logit_scale
         if self.softcap is not None:
