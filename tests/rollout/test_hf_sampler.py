@@ -10,7 +10,7 @@ from helpers import STOP_IDS
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opd_cache.config import ModelConfig, RolloutConfig
-from opd_cache.rollout.samplers.hf import HFSampler, uniforms
+from opd_cache.rollout.samplers.hf import HFSampler, choose, uniforms
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.store.plans import SamplingPlan
 
@@ -152,3 +152,22 @@ def test_uniforms_depend_on_seed_and_position_alone() -> None:
     assert abs(many.mean() - 0.5) < 0.002
     assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(many[:, :-1].ravel(), many[:, 1:].ravel())[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("vocab_size", [7, 512, 1500])
+def test_the_chosen_id_is_where_the_cumulative_distribution_passes_the_number(vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    logits_BV = rng.normal(0, 4, (400, vocab_size)).astype(np.float32)
+    logits_BV[rng.random(logits_BV.shape) < 0.5] = -np.inf  # as a top-p cut leaves them
+    logits_BV[:, vocab_size // 2] = 0
+    numbers_B1 = rng.random((400, 1))
+    numbers_B1[:40], numbers_B1[40:80] = 0.5 / 2**32, 1 - 0.5 / 2**32
+    logprobs_BV = torch.from_numpy(logits_BV).log_softmax(-1)
+    chosen_B = choose(logprobs_BV, torch.from_numpy(numbers_B1)).squeeze(1).numpy()
+    probs_BV = logprobs_BV.double().exp().numpy()
+    probs_BV /= probs_BV.sum(-1, keepdims=True)
+    end_B = np.cumsum(probs_BV, -1)[np.arange(400), chosen_B]
+    own_B = probs_BV[np.arange(400), chosen_B]
+    assert (own_B > 0).all()
+    assert (end_B + 1e-6 > numbers_B1[:, 0]).all()
+    assert (end_B - own_B - 1e-6 < numbers_B1[:, 0]).all()

@@ -5,7 +5,7 @@ batch. They enter generate through a logits processor that draws the token itsel
 distribution at one uniform number) and leaves generate a one-hot choice.
 """
 
-# B sequences side by side, T new tokens, V vocabulary
+# B sequences side by side, T new tokens, V vocabulary; the vocabulary in K blocks of C ids
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +29,8 @@ from opd_cache.models import LanguageModel, dtype_name, load_model, load_weights
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.store.plans import SamplingPlan
 
+CHOICE_BLOCK = 512
+
 
 def uniforms(seeds: Sequence[int], num_positions: int) -> np.ndarray:
     """[B, T] numbers in (0, 1): entry (b, t) depends on seeds[b] and t alone. splitmix64 of seed + t·golden ratio."""
@@ -40,6 +42,27 @@ def uniforms(seeds: Sequence[int], num_positions: int) -> np.ndarray:
         z = z ^ (z >> np.uint64(31))
     # 32 bits and a half step keep every value clear of 0 and 1 after the product with a float64 sum.
     return ((z >> np.uint64(32)).astype(np.float64) + 0.5) / 2.0**32
+
+
+def choose(logprobs_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
+    """[B, 1]: the id at which each row's cumulative distribution exceeds its uniform number (float64); never one of
+    probability 0.
+
+    First the block of ids, then the id within it: a cumulative sum over a whole vocabulary in float64 takes as long as a
+    fifth of a small model's step. NaN probabilities give some id; they are refused when the batch is done.
+    """
+    probs_BV = torch.nn.functional.pad(logprobs_BV.exp(), (0, -logprobs_BV.shape[-1] % CHOICE_BLOCK))
+    blocks_BKC = probs_BV.view(len(probs_BV), -1, CHOICE_BLOCK)
+    ends_BK = blocks_BKC.sum(-1).to(torch.float64).cumsum(-1)
+    threshold_B1 = uniforms_B1 * ends_BK[:, -1:]
+    block_B1 = torch.searchsorted(ends_BK, threshold_B1, right=True).clamp(max=ends_BK.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, ends_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    block_BC = blocks_BKC.gather(1, block_B1[..., None].expand(-1, 1, CHOICE_BLOCK)).squeeze(1)
+    within_BC = block_BC.to(torch.float64).cumsum(-1)
+    # The block's sum was rounded: what is left of the threshold must stay below the sum in float64.
+    rest_B1 = torch.minimum(threshold_B1 - before_B1, within_BC[:, -1:] * (1 - 2.0**-33))
+    place_B1 = torch.searchsorted(within_BC, rest_B1, right=True)
+    return (block_B1 * CHOICE_BLOCK + place_B1).clamp(max=logprobs_BV.shape[-1] - 1)
 
 
 class _SeededChoice(LogitsProcessor):
@@ -66,10 +89,7 @@ class _SeededChoice(LogitsProcessor):
             sampled_BV = raw_BV
             if self.plan.cuts_distribution:
                 sampled_BV = self.warpers(input_ids, logits_BV / self.plan.temperature).log_softmax(-1)
-            cumulative_BV = sampled_BV.exp().to(torch.float64).cumsum(-1)
-            threshold_B1 = self.uniforms_BT[:, len(self.sampled), None] * cumulative_BV[:, -1:]
-            # Only NaN probabilities give an index outside; they are refused when the batch is done.
-            chosen_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
+            chosen_B1 = choose(sampled_BV, self.uniforms_BT[:, len(self.sampled), None])
         self.sampled.append(sampled_BV.gather(-1, chosen_B1).squeeze(-1))
         if self.plan.cuts_distribution:
             self.raw.append(raw_BV.gather(-1, chosen_B1).squeeze(-1))
