@@ -387,7 +387,7 @@ def test_the_longer_its_rows_the_fewer_a_row_group_holds():
     limits = [
         group_limit(tokens * top_k) for tokens, top_k in ((16, 1), (1024, 1), (1024, 64), (16_384, 64), (10**9, 1))
     ]
-    assert limits == [256, 256, 64, 4, 1]
+    assert limits == [1024, 1024, 64, 4, 1]
 
 
 def test_row_groups_never_split_a_prompt():
