@@ -16,11 +16,12 @@ from opd_cache.schema import EXPORTED, arrow_schema
 from opd_cache.status import asked_teachers, read_identity
 from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
-from opd_cache.store.rows import ROWS_PER_GROUP, record_batch
+from opd_cache.store.rows import record_batch
 from opd_cache.store.shards import ShardSet, read_row_groups
 from opd_cache.types import Rollout, Score
 
 SCHEMA = arrow_schema(EXPORTED)
+ROWS_AT_ONCE = 256  # their texts, as Python objects, take many times the ids
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def piece_batches(responses: Responses, piece: Piece) -> Iterator[pa.RecordBatch
     prompts = read_prompt_table(piece.target.prompts, piece.plan.shard_prompts(piece.shard))
     known = {row["prompt_index"]: row for row in prompts.select(["prompt_index", "prompt_id", "text", "answer"]).to_pylist()}  # fmt: skip
     rows = _joined(piece, rollouts)
-    while group := list(islice(rows, ROWS_PER_GROUP)):
+    while group := list(islice(rows, ROWS_AT_ONCE)):
         yield _batch(group, piece, known, responses.texts)
 
 
