@@ -12,7 +12,8 @@ from typing import Any
 from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
 from opd_cache.store.publish import fsync_folder, make_folder
-from opd_cache.verify.walk import Check, Finding, checks_of
+from opd_cache.verify.findings import Check, Finding
+from opd_cache.verify.walk import checks_of
 
 
 @dataclass(frozen=True)
