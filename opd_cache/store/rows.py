@@ -144,11 +144,29 @@ def row_group(table: pa.Table) -> RowGroup:
     )
 
 
+def numbers(column: pa.ChunkedArray) -> npt.NDArray:
+    """A column of numbers without nulls as a view. Arrow's own to_numpy imports pandas, 0.2 s where that is installed."""
+    return np.from_dlpack(_chunk(column))
+
+
+def ascii_array(texts: list[str]) -> pa.Array:
+    """Texts of plain letters as a column of strings; pa.array imports pandas, too."""
+    offsets = np.zeros(len(texts) + 1, np.int32)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer("".join(texts).encode("ascii")))
+
+
+def _chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _lists_of(column: pa.ChunkedArray) -> Lists:
-    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    offsets = chunk.offsets.to_numpy()
-    values = chunk.flatten()  # of booleans, which Arrow packs into bits, a copy
-    return Lists(values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets - offsets[0])
+    chunk = _chunk(column)
+    offsets = np.from_dlpack(chunk.offsets)
+    values = chunk.flatten()
+    if pa.types.is_boolean(values.type):  # which Arrow packs into bits
+        return Lists(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+    return Lists(np.from_dlpack(values), offsets - offsets[0])
 
 
 def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:

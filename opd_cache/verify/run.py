@@ -46,7 +46,7 @@ class Verdict:
 def verify_run(path: Path) -> Verdict:
     """Read every file of a run and compare it with what the others say of it. Nothing is written.
 
-    Memory: one row group a core, and 8 bytes a prompt. Raises MissingInputError, MismatchError, CorruptShardError
+    Memory: one shard and one of its row groups decoded a core, and 8 bytes a prompt. Raises MissingInputError, MismatchError, CorruptShardError
     where run.json does not say what run this is.
     """
     run, start = RunDir(path), time.monotonic()
@@ -55,7 +55,7 @@ def verify_run(path: Path) -> Verdict:
     found: dict[int, list[Finding]] = {}
     with (
         StageProgress("verify", str(path), sum(sizes) >> 20, "MiB") as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         # The largest first, so that no core is left with one at the end.
         order = sorted(range(len(checks)), key=lambda index: -sizes[index])

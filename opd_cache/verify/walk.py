@@ -19,7 +19,7 @@ from opd_cache.store.sealed import MODES
 from opd_cache.store.shards import ShardSet, read_row_groups
 from opd_cache.verify.findings import Check, Finding, Known, broken, digest_of, unchanged
 from opd_cache.verify.learned import learn_checks
-from opd_cache.verify.shards import Facts, Rows, check_digest, check_rollouts, check_scores, first_samples, hash_prompts
+from opd_cache.verify.shards import Facts, Rows, check_rollouts, check_scores, first_samples, hash_prompts, read_shard
 
 Seal = dict[str, Any]
 Sealed = tuple[ShardSet, Seal | None]  # None where there is no seal, or none that can be read
@@ -196,17 +196,16 @@ def _shard_finder(
         rows: Rows | None = None
         if shards.path(shard).exists():
             try:
-                check_digest(shards, shard, seal)
-                rows = check_rollouts(shards, shard, facts)
+                rows = check_rollouts(shards, shard, facts, read_shard(shards, shard, seal))
             except (StoreError, OSError) as error:
                 yield _bad_shard(shards, shard, error, *(one for one, _ in scores if one.is_sealed()))
         for one, its_seal in scores:
             if not one.path(shard).exists():
                 continue
             try:
-                check_digest(one, shard, its_seal)
+                data = read_shard(one, shard, its_seal)
                 if rows is not None:
-                    check_scores(one, shard, rows, facts.vocab_size)
+                    check_scores(one, shard, rows, facts.vocab_size, data)
             except (StoreError, OSError) as error:
                 yield _bad_shard(one, shard, error)
 
