@@ -46,6 +46,7 @@ LIGHT = (
     "plots/data.py",
     "registry.py",
     "replay.py",
+    "retention.py",
     "run.py",
     "run_dir.py",
     "schema.py",

@@ -1,11 +1,13 @@
 """What an episode's learning left: its plan against what it learned from, checkpoints and policies against their manifests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from opd_cache.errors import CorruptShardError, MismatchError, StoreError
 from opd_cache.learn.checkpoint import STEPS, TRAINER
-from opd_cache.run_dir import COMPLETE, PLAN, SEAL
+from opd_cache.retention import RECORD
+from opd_cache.run_dir import COMPLETE, PLAN, REMOVED, SEAL
+from opd_cache.store.gc import TEMPORARY
 from opd_cache.store.plans import stage_command
 from opd_cache.store.publish import read_json
 from opd_cache.verify.findings import Check, Known, broken, digest_of, single, unchanged
@@ -21,29 +23,51 @@ def learn_checks(known: Known, episode: int) -> Iterator[Check]:
             yield from _checkpoint_checks(checkpoint, (checkpoint,), again)
     if plan.exists():
         yield single(plan, lambda: _check_learn_plan(known, episode), (plan,), again)
-    if (policy / COMPLETE).exists():
+    if (policy / REMOVED).exists():
+        yield from _removed_checks(policy, again)
+        yield single(policy / COMPLETE, lambda: _check_policy(policy, plan), ())
+    elif (policy / COMPLETE).exists():
         moves = (policy, run.steps(episode))  # a policy that is made anew has metrics of its own
         yield from _checkpoint_checks(policy, moves, again)
         yield single(policy / COMPLETE, lambda: _check_policy(policy, plan), moves, again)
 
 
-def _checkpoint_checks(folder: Path, moves: tuple[Path, ...], again: str) -> Iterator[Check]:
-    """Every file of a checkpoint or policy, against its manifest."""
+def _removed_checks(policy: Path, again: str) -> Iterator[Check]:
+    """A policy that learn.keep_policies has removed: its note, its record, and what a removal cut short has left."""
+    note = policy / REMOVED
+
+    def work() -> None:
+        if (said := read_json(note)["manifest"]) != (found := digest_of(policy / COMPLETE)):
+            raise MismatchError(f"{note}: of the policy with manifest {said[:12]}, beside it is {str(found)[:12]}")
+
+    yield single(note, work, ())
+    yield from _checkpoint_checks(
+        policy, (), again, gone=lambda name: name not in RECORD and not (policy / name).exists()
+    )
+
+
+def _checkpoint_checks(
+    folder: Path, moves: tuple[Path, ...], *again: str, gone: Callable[[str], bool] = lambda name: False
+) -> Iterator[Check]:
+    """Every file of a checkpoint or policy, but for those that are rightly gone, against its manifest."""
     try:
         files = read_json(folder / COMPLETE)["files"]
     except StoreError as error:
-        yield broken(folder / COMPLETE, error, moves, again)
+        yield broken(folder / COMPLETE, error, moves, *again)
         return
     for name, digest in files.items():
-        yield unchanged(folder / name, digest, COMPLETE, moves, again)
+        if gone(name):
+            continue
+        yield unchanged(folder / name, digest, COMPLETE, moves, *again)
         steps = folder.parent / "learn" / STEPS
         if name == f"{TRAINER}/{STEPS}" and steps.exists():
-            yield unchanged(steps, digest, f"{folder.name}/{COMPLETE}", (steps,), again)
+            yield unchanged(steps, digest, f"{folder.name}/{COMPLETE}", (steps,), *again)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and name != COMPLETE and name not in files:
+        is_ours = name in (COMPLETE, REMOVED) or name in files or TEMPORARY.fullmatch(path.name)
+        if path.is_file() and not is_ours:
             stray = CorruptShardError(f"{path}: {COMPLETE} does not list it")
-            yield broken(path, stray, (path,), again)
+            yield broken(path, stray, (path,), *again)
 
 
 def _check_learn_plan(known: Known, episode: int) -> None:
