@@ -59,6 +59,6 @@ def repeat_fault(stored: Float32Array, again: Float32Array, dtype: str) -> str |
 def repeat_differences(stored: Float32Array, again: Float32Array) -> Float32Array:
     """Token by token, nats; infinite log-probs count as equal, or as infinitely different."""
     finite = np.isfinite(stored) & np.isfinite(again)
-    differences = np.abs(stored - again, where=finite, out=np.zeros(len(stored), np.float32))
+    differences = np.subtract(stored, again, where=finite, out=np.zeros(stored.shape, np.float32))
     differences[~finite & (stored != again)] = np.inf
-    return differences
+    return np.abs(differences)

@@ -5,15 +5,18 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
 from opd_cache.store.publish import fsync_folder, make_folder
 from opd_cache.verify.findings import Check, Finding
 from opd_cache.verify.walk import checks_of
+
+if TYPE_CHECKING:
+    from opd_cache.verify.deep import Compared
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Verdict:
     bytes: int
     seconds: float
     findings: list[Finding]
+    compared: "list[Compared] | None" = None  # by scoring again; None where that was not asked for
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -36,6 +40,7 @@ class Verdict:
                 {"file": self.name(found.file), "problem": found.problem, "moves": list(map(self.name, found.moves)), "again": list(found.again)}
                 for found in self.findings
             ],
+            "deep": None if self.compared is None else [asdict(one) for one in self.compared],
         }  # fmt: skip
 
     def name(self, path: Path) -> str:
@@ -68,6 +73,18 @@ def verify_run(path: Path) -> Verdict:
             read += sizes[index]
     findings = [finding for index in range(len(checks)) for finding in found[index]]
     return Verdict(run, sum(len(check.files) for check in checks), sum(sizes), time.monotonic() - start, findings)
+
+
+def verify_deeply(path: Path, rows: int, seed: int, overrides: Sequence[str]) -> Verdict:
+    """The same, and then so many rows of each teacher and of the student scored again (deep.py): of a run that is clean
+    without, since a shard that is not whole has no rows to compare."""
+    verdict = verify_run(path)
+    if verdict.findings:
+        return verdict
+    from opd_cache.verify.deep import score_again
+
+    compared, findings = score_again(path, rows, seed, overrides)
+    return replace(verdict, compared=compared, findings=findings)
 
 
 def _findings(check: Check) -> list[Finding]:
