@@ -27,11 +27,13 @@ HOMES = {
 LIGHT = (
     "__init__.py",
     "__main__.py",
+    "capacity.py",
     "cli.py",
     "compare.py",
     "commands/",
     "config/",
     "errors.py",
+    "estimate.py",
     "exports/",
     "fingerprint.py",
     "grade.py",

@@ -1,6 +1,7 @@
 """learn.keep_policies: what it gives up goes, what is still needed stays, and a run with removed policies is whole."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from opd_cache.retention import removable_policies, remove_policies
 from opd_cache.run import Run, open_run
 from opd_cache.run_dir import RunDir
 from opd_cache.status import run_status
+from opd_cache.verify.run import verify_run
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 LAST = "learn.keep_policies.last=1"
@@ -98,6 +100,8 @@ def test_the_command_says_first_then_removes_and_readers_are_told(
     assert not (copied / POLICY).exists()
     assert_verified(copied)
     assert "removed by the retention rule" in " ".join(run_command("status", copied, env=wide()).stdout.split())
+    shown = run_command("inspect", copied, "--episode", "1", env=wide()).stdout
+    assert "policy 1, removed by the retention rule" in " ".join(shown.split())
     recipe = make_recipe(copied)
     InlineStages(open_run(recipe)).eval(1)  # done before: nothing is read of the policy
     shutil.rmtree(copied / "evals/policy=1")
@@ -110,14 +114,10 @@ def test_the_command_says_first_then_removes_and_readers_are_told(
 
 
 def wide() -> dict[str, str]:
-    import os
-
     return {**os.environ, "COLUMNS": "300"}
 
 
 def test_what_a_removed_policy_leaves_is_still_checked(copied: Path, make_recipe: Callable[..., Recipe]) -> None:
-    from opd_cache.verify.run import verify_run
-
     remove_policies(RunDir(copied), make_recipe(copied, LAST, NOT_BEST))
     for name in ("config.json", "_COMPLETE.json", "_REMOVED.json"):
         path = copied / "episode=0/policy" / name
