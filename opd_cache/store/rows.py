@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from opd_cache import schema
+from opd_cache.errors import CorruptShardError
 from opd_cache.types import Rollout, Score
 
 ROWS_PER_GROUP = 256
@@ -145,8 +146,17 @@ def row_group(table: pa.Table) -> RowGroup:
 
 
 def numbers(column: pa.ChunkedArray) -> npt.NDArray:
-    """A column of numbers without nulls as a view. Arrow's own to_numpy imports pandas, 0.2 s where that is installed."""
-    return np.from_dlpack(_chunk(column))
+    """A column of numbers as a view. Raises CorruptShardError where some are null.
+
+    Arrow's own to_numpy imports pandas, 0.2 s where that is installed.
+    """
+    return _numpy(_chunk(column))
+
+
+def _numpy(values: pa.Array) -> npt.NDArray:
+    if values.null_count:
+        raise CorruptShardError(f"{values.null_count} of {len(values)} numbers are null")
+    return np.from_dlpack(values)
 
 
 def ascii_array(texts: list[str]) -> pa.Array:
@@ -162,11 +172,11 @@ def _chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def _lists_of(column: pa.ChunkedArray) -> Lists:
     chunk = _chunk(column)
-    offsets = np.from_dlpack(chunk.offsets)
-    values = chunk.flatten()
+    offsets = _numpy(chunk.offsets)
+    values = chunk.values.slice(offsets[0], offsets[-1] - offsets[0])
     if pa.types.is_boolean(values.type):  # which Arrow packs into bits
         return Lists(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
-    return Lists(np.from_dlpack(values), offsets - offsets[0])
+    return Lists(_numpy(values), offsets - offsets[0])
 
 
 def split_lists(table: pa.Table, name: str) -> list[npt.NDArray]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,26 +51,25 @@ class Verdict:
 def verify_run(path: Path) -> Verdict:
     """Read every file of a run and compare it with what the others say of it. Nothing is written.
 
-    Memory: one shard and one of its row groups decoded a core, and 8 bytes a prompt. Raises MissingInputError, MismatchError, CorruptShardError
-    where run.json does not say what run this is.
+    Memory: one shard and one of its row groups decoded a core, and 8 bytes a prompt. Raises MissingInputError,
+    MismatchError, CorruptShardError where run.json does not say what run this is.
     """
     run, start = RunDir(path), time.monotonic()
-    checks = list(checks_of(run))
-    sizes = [sum(file.stat().st_size for file in check.files if file.exists()) for check in checks]
-    found: dict[int, list[Finding]] = {}
-    with (
-        StageProgress("verify", str(path), sum(sizes) >> 20, "MiB") as progress,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-    ):
-        # The largest first, so that no core is left with one at the end.
-        order = sorted(range(len(checks)), key=lambda index: -sizes[index])
-        futures = {pool.submit(_findings, checks[index]): index for index in order}
-        read = 0
-        for future in as_completed(futures):
-            index = futures[future]
-            found[index] = future.result()
-            progress.advance(((read + sizes[index]) >> 20) - (read >> 20), 0)
-            read += sizes[index]
+    checks: list[Check] = []
+    futures: dict[Future[list[Finding]], int] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for check in checks_of(run):  # the first are being read while the others are still being found
+            futures[pool.submit(_findings, check)] = len(checks)
+            checks.append(check)
+        sizes = [sum(file.stat().st_size for file in check.files if file.exists()) for check in checks]
+        found: dict[int, list[Finding]] = {}
+        with StageProgress("verify", str(path), sum(sizes) >> 20, "MiB") as progress:
+            read = 0
+            for future in as_completed(futures):
+                index = futures[future]
+                found[index] = future.result()
+                progress.advance(((read + sizes[index]) >> 20) - (read >> 20), 0)
+                read += sizes[index]
     findings = [finding for index in range(len(checks)) for finding in found[index]]
     return Verdict(run, sum(len(check.files) for check in checks), sum(sizes), time.monotonic() - start, findings)
 

@@ -4,13 +4,14 @@
 
 Without RUN a made run of that many response tokens (tools/make_big_run.py) is read. The readers take turns, each in a process
 of its own, with the files in the page cache; the median of the repeats counts. `sha256sum` and hashlib use one core, the
-others all that they are given.
+others all that they are given. CPU seconds say what a reading costs where other work takes the cores away.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -64,8 +65,8 @@ def sha256sum(files: list[Path]) -> None:
 READERS = ("sha256sum", "hashlib", "decoding alone", "verify")
 
 
-def timed_reading(reader: str, run: Path, threads: int) -> float:
-    """Seconds in this process, imports apart."""
+def timed_reading(reader: str, run: Path, threads: int) -> dict[str, float]:
+    """Seconds, and CPU seconds, of this process and its children, imports apart."""
     files = data_files(run)
     work: dict[str, Callable[[], None]] = {
         "sha256sum": lambda: sha256sum(files),
@@ -73,17 +74,22 @@ def timed_reading(reader: str, run: Path, threads: int) -> float:
         "decoding alone": lambda: decode_files(files, threads),
         "verify": lambda: verify_files(run),
     }
-    start = time.perf_counter()
+    start, cpu_before = time.perf_counter(), cpu_seconds()
     work[reader]()
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "cpu_s": cpu_seconds() - cpu_before}
 
 
-def read_apart(reader: str, run: Path, threads: int) -> float:
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def read_apart(reader: str, run: Path, threads: int) -> dict[str, float]:
     """The same in a process of its own, on so many cores."""
     cores = ["taskset", "-c", f"0-{threads - 1}"]
     command = [*cores, sys.executable, __file__, str(run), "--threads", str(threads), "--read", reader]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
-    return float(done.stdout)
+    return json.loads(done.stdout)
 
 
 @contextmanager
@@ -99,11 +105,14 @@ def measure(run: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
     size = sum(path.stat().st_size for path in data_files(run))
     hash_files(data_files(run))  # into the page cache
     turns = [{reader: read_apart(reader, run, threads) for reader in READERS} for _ in range(repeats)]
-    seconds = {reader: median(turn[reader] for turn in turns) for reader in READERS}
+    seconds, cpu = (
+        {reader: median(turn[reader][key] for turn in turns) for reader in READERS} for key in ("seconds", "cpu_s")
+    )
     return [
         {
             "reader": reader,
             "seconds": seconds[reader],
+            "cpu_s": cpu[reader],
             "mb_per_s": size / seconds[reader] / 1e6,
             "of_sha256sum": seconds["sha256sum"] / seconds[reader],
             "target": TARGET if reader == "verify" else None,
@@ -122,18 +131,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.read is not None:
-        print(timed_reading(options.read, options.run, options.threads))
+        print(json.dumps(timed_reading(options.read, options.run, options.threads)))
         return
     with given_or_made(options.run, options.tokens) as run:
         rows = measure(run, options.threads, options.repeats)
     if options.json:
         print(json.dumps(rows))
         return
-    print("| reader | seconds | MB/s | ÷ sha256sum | target |\n|---|---|---|---|---|")
+    print("| reader | seconds | CPU s | MB/s | ÷ sha256sum | target |\n|---|---|---|---|---|---|")
     for row in rows:
         target = "" if row["target"] is None else f"{row['target']:g}"
         print(
-            f"| {row['reader']} | {row['seconds']:.3f} | {row['mb_per_s']:.0f} | {row['of_sha256sum']:.2f} | {target} |"
+            f"| {row['reader']} | {row['seconds']:.3f} | {row['cpu_s']:.3f} | {row['mb_per_s']:.0f} | {row['of_sha256sum']:.2f} | {target} |"
         )
 
 
