@@ -154,9 +154,8 @@ def memory_needed(run: Run, stages: Sequence[str]) -> list[Memory]:
         found.append(("rollout", size, recipe.student.device, "rollout.batch_size"))
     for name, teacher in _asked_teachers(recipe) if "score" in stages else ():
         if (teacher.scorer or recipe.score.scorer) == "hf" and (its := _teacher_size(teacher)) is not None:
-            found.append(
-                (f"score {name}", scoring_bytes(its, _bytes_a_value(teacher)), teacher.device, "teachers.*.dtype")
-            )
+            size = scoring_bytes(its, _bytes_a_value(teacher), recipe.score.max_tokens_per_batch)
+            found.append((f"score {name}", size, teacher.device, f"teachers.{name}.dtype"))
     if student is not None and "learn" in stages and recipe.learn.engine == "torch":
         size = learning_bytes(recipe.learn, student)
         found.append(("learn", size, recipe.student.device, "learn.max_tokens_per_micro_batch"))
@@ -164,10 +163,9 @@ def memory_needed(run: Run, stages: Sequence[str]) -> list[Memory]:
 
 
 def _teacher_size(teacher: TeacherConfig) -> ModelSize | None:
-    try:
-        return model_size(model_folder(teacher))
-    except ModelError:
-        return None
+    """Of one whose weights are here: nothing is fetched only to be measured."""
+    folder = Path(teacher.model)
+    return model_size(folder) if (folder / "config.json").is_file() else None
 
 
 def _bytes_a_value(config: ModelConfig) -> int:

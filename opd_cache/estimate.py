@@ -135,6 +135,6 @@ def sampling_bytes(recipe: Recipe, student: ModelSize, longest_prompt: int, byte
     return bytes_a_value * (student.parameters + recipe.rollout.batch_size * values)
 
 
-def scoring_bytes(teacher: ModelSize, bytes_a_value: int) -> int:
-    """Memory of the hf scorer: weights and a budget of logits."""
-    return bytes_a_value * teacher.parameters + SCORER_LOGITS
+def scoring_bytes(teacher: ModelSize, bytes_a_value: int, tokens: int) -> int:
+    """Memory of the hf scorer: weights, and the logits of a batch of so many tokens within their budget."""
+    return bytes_a_value * teacher.parameters + min(SCORER_LOGITS, 4 * tokens * teacher.vocab)

@@ -74,7 +74,10 @@ def score_again(path: Path, rows: int, seed: int, overrides: Sequence[str]) -> t
     ModelError, ConfigError or MismatchError when a teacher is not here, or is another one; TryAgainError when its server
     is not.
     """
+    from opd_cache.models import set_torch_threads
+
     run = _opened(RunDir(path), overrides)
+    set_torch_threads(run.recipe.torch_threads)
     compared: list[Compared] = []
     findings: list[Finding] = []
     for teacher in _teachers(run.dir):
