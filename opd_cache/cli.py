@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from opd_cache import __version__
+from opd_cache.commands.check import check
 from opd_cache.commands.export import export
 from opd_cache.commands.gc import gc
 from opd_cache.commands.import_ import import_rollouts
@@ -128,12 +129,12 @@ def _share(task: int | None, num_tasks: int | None, shard: int | None) -> Any:
 def _inline_stages(recipe: tuple[str, ...], stage: str) -> Iterator[Any]:
     """A stage of a recipe's run in this process, which ends when the stage stalls."""
     loaded = load_recipe_arguments(recipe, stage)
+    from opd_cache.capacity import open_fitting_run
     from opd_cache.pipeline import InlineStages
-    from opd_cache.run import open_run
     from opd_cache.stall import stall_watch
 
     with stall_watch(loaded.stall_timeout_s):
-        yield InlineStages(open_run(loaded))
+        yield InlineStages(open_fitting_run(loaded, (stage,)))
 
 
 @cli.command(epilog=EPILOG_RECIPE)
@@ -194,12 +195,12 @@ def learn(recipe: tuple[str, ...], episode: int) -> None:
 
         run_ranks(["learn", *recipe, "--episode", str(episode)], loaded.learn.num_ranks)
         return
+    from opd_cache.capacity import open_fitting_run
     from opd_cache.pipeline import InlineStages
-    from opd_cache.run import open_run
     from opd_cache.stall import stall_watch
 
     with stall_watch(loaded.stall_timeout_s), joined_ranks(ranks, loaded.learn.collective_timeout_s):
-        InlineStages(ranks.from_first(lambda: open_run(loaded)), ranks).learn(episode)
+        InlineStages(ranks.from_first(lambda: open_fitting_run(loaded, ("learn",))), ranks).learn(episode)
 
 
 @cli.command("eval", epilog=EPILOG_RECIPE)
@@ -235,13 +236,13 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
 
     Example: opd-cache run quickstart num_episodes=12
     """
+    from opd_cache.capacity import ALL_STAGES, open_fitting_run
     from opd_cache.launch.environments import python_of
     from opd_cache.launch.local import SubprocessStages
     from opd_cache.pipeline import InlineStages, run_episodes
-    from opd_cache.run import open_run
     from opd_cache.stall import stall_watch
 
-    opened = open_run(load_recipe_arguments(recipe))
+    opened = open_fitting_run(load_recipe_arguments(recipe), ALL_STAGES)
     inline, commands = InlineStages(opened), SubprocessStages(recipe, opened.recipe.num_workers)
 
     def execute(stage: str, number: int) -> None:
@@ -368,7 +369,7 @@ def config(recipe: tuple[str, ...], list_recipes: bool, keys: bool, as_json: boo
 
 
 COMMANDS = (
-    query, plot, export, import_rollouts, inspect, report, serve, submit, cancel, verify, repair, gc,
+    check, query, plot, export, import_rollouts, inspect, report, serve, submit, cancel, verify, repair, gc,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

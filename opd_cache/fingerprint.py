@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,21 @@ def _sampled_digest(path: Path) -> bytes:
     return digest.digest()
 
 
+def num_parameters(folder: Path) -> int | None:
+    """How many weights its *.safetensors hold, from their headers; None where there are none. Tied weights count once."""
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(map(_parameters_of, files)) if files else None
+
+
+def _parameters_of(path: Path) -> int:
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
 def num_embeddings(folder: Path) -> int:
     """How many token ids a model has an embedding for, from its configuration. Raises ModelError."""
-    value = _text_config(folder).get("vocab_size")
+    value = text_config(folder).get("vocab_size")
     if not isinstance(value, int):
         raise ModelError(f"{folder}/config.json: names no vocab_size; expected a causal language model.")
     return value
@@ -82,10 +95,11 @@ def num_embeddings(folder: Path) -> int:
 
 def context_length(folder: Path) -> int | None:
     """How many tokens a model can see at once, from its configuration; None where that does not say."""
-    value = _text_config(folder).get("max_position_embeddings")
+    value = text_config(folder).get("max_position_embeddings")
     return value if isinstance(value, int) else None
 
 
-def _text_config(folder: Path) -> dict[str, Any]:
+def text_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the language model."""
     config = json.loads((folder / "config.json").read_text())
     return config.get("text_config", config)

@@ -41,6 +41,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def free_memory(name: str) -> tuple[int, str]:
+    """(bytes that are free for a model on this device, what they are of)."""
+    device = resolve_device(name)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"GPU memory ({device})"
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 1 << 60)
+    return available, "memory"
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto → bfloat16 on a GPU that has it, else float32."""
     if name == "auto":

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from opd_cache.health.stage import check_stage
+from opd_cache.retention import remove_policies
 from opd_cache.run import Run
 
 # Runs one stage of one episode to its end. For "eval" the number is the policy version.
@@ -101,7 +102,9 @@ class InlineStages:
             self._check("score", episode, name)
         if episode > 0:
             self._check("learn", episode - 1)
-        return self._checked(learn_episode(self.run, episode, self.engine, self.ranks), "learn", episode)
+        is_learned = self._checked(learn_episode(self.run, episode, self.engine, self.ranks), "learn", episode)
+        self._retire()
+        return is_learned
 
     def _checked(self, is_complete: bool, stage: str, episode: int, teacher: str | None = None) -> bool:
         """is_complete, with a look at the stage's health where it is."""
@@ -113,10 +116,18 @@ class InlineStages:
         """On the first rank; the others end with it. Raises UnhealthyError."""
         self.ranks.from_first(lambda: check_stage(self.run.dir, self.run.recipe, stage, episode, teacher))
 
+    def _retire(self) -> None:
+        """Remove the policies that the recipe's rule gives up."""
+        if self.ranks.is_first:
+            remove_policies(self.run.dir, self.run.recipe)
+
     def eval(self, version: int) -> None:
-        from opd_cache.evals.stage import evaluate_policy, evaluate_teacher
+        from opd_cache.evals.stage import check_evaluated, evaluate_policy, evaluate_teacher
         from opd_cache.rollout.stage import new_sampler
 
+        if self.run.is_removed(version):
+            check_evaluated(self.run, version)
+            return
         teachers = self.run.recipe.learning_teachers()
         for name in teachers if self.run.recipe.eval.teacher else ():
             # A policy of the run is evaluated under its own version.
@@ -125,3 +136,4 @@ class InlineStages:
                 evaluate_teacher(self.run, name, sampler)
                 sampler.close()
         evaluate_policy(self.run, version, self.sampler, {name: self.scorer(name, version) for name in teachers})
+        self._retire()

@@ -19,7 +19,7 @@ from opd_cache.learn.plan import NOT_IN_THE_PLAN, plan_learning
 from opd_cache.pipeline import InlineStages
 from opd_cache.recipes import recipe_yaml, stored_recipe
 from opd_cache.run import IDENTITY, Run, check_same_run, open_run
-from opd_cache.run_dir import COMPLETE, PLAN, SEAL, RolloutSet, RunDir
+from opd_cache.run_dir import COMPLETE, PLAN, REMOVED, SEAL, RolloutSet, RunDir
 from opd_cache.stall import stall_watch
 from opd_cache.status import asked_teachers, read_identity
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
@@ -98,6 +98,10 @@ def plan_replay(source: RunDir, into: Path, episodes: str | None, overrides: Seq
     if numbers[0] > 0 and not (source.policy_after(numbers[0] - 1) / COMPLETE).exists():
         raise MissingInputError(
             f"{source.policy_after(numbers[0] - 1)}: not there, and episode {numbers[0]} starts from it. Replay from episode 0 on, or run: opd-cache learn RECIPE --episode {numbers[0] - 1}"
+        )
+    if numbers[0] > 0 and begun is None and (source.policy_after(numbers[0] - 1) / REMOVED).exists():
+        raise MissingInputError(
+            f"{source.policy_after(numbers[0] - 1)}: removed by the retention rule (learn.keep_policies), and episode {numbers[0]} starts from it. Replay from episode 0 on, or behind a policy that was kept."
         )
     if replay.is_new:
         _check_settings(replay, plans)

@@ -16,7 +16,7 @@ from opd_cache.config import ModelConfig, Recipe, TeacherConfig
 from opd_cache.errors import ConfigError, CorruptShardError, MismatchError, MissingInputError, ModelError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
-from opd_cache.run_dir import COMPLETE, SCHEMA_VERSION, RunDir
+from opd_cache.run_dir import COMPLETE, REMOVED, SCHEMA_VERSION, RunDir
 from opd_cache.schema import VOCAB, arrow_schema
 from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
 from opd_cache.store.shards import publish_table, read_row_groups
@@ -36,13 +36,18 @@ class Run:
     student_fingerprint: str
 
     def policy_folder(self, version: int) -> Path:
-        """The student after `version` episodes. Raises MissingInputError when that episode has not been learned."""
+        """The student after `version` episodes. Raises MissingInputError when that episode has not been learned, or the
+        policy was removed."""
         if version == 0:
             return model_folder(self.recipe.student)
         folder = self.dir.policy_after(version - 1)
         if not (folder / COMPLETE).exists():
             raise MissingInputError(
                 f"{folder}: policy version {version} is not there. Run: opd-cache learn RECIPE --episode {version - 1}"
+            )
+        if (folder / REMOVED).exists():
+            raise MissingInputError(
+                f"{folder}: policy version {version} was removed by the retention rule (learn.keep_policies). To have it again, the same bits: opd-cache replay {self.dir.path} --episodes 0-{version - 1} --into ANOTHER_FOLDER"
             )
         return folder
 
@@ -64,13 +69,20 @@ class Run:
         return TeacherConfig(**asdict(policy), scorer=teacher.scorer, prompt=teacher.prompt)
 
     def has_policy(self, version: int) -> bool:
+        """Whether that policy has been learned; it may have been removed since."""
         return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
 
     def policy_fingerprint(self, version: int) -> str:
-        """Which weights that policy has."""
+        """Which weights that policy has, or had. Raises MissingInputError when that episode has not been learned."""
         if version == 0:
             return self.student_fingerprint
-        return str(read_json(self.policy_folder(version) / COMPLETE)["fingerprint"])
+        if not self.has_policy(version):
+            self.policy_folder(version)
+        return str(read_json(self.dir.policy_after(version - 1) / COMPLETE)["fingerprint"])
+
+    def is_removed(self, version: int) -> bool:
+        """Whether that policy was there, and learn.keep_policies has removed it."""
+        return version > 0 and (self.dir.policy_after(version - 1) / REMOVED).exists()
 
     @property
     def is_replay(self) -> bool:

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1  # of the names, columns and JSON files of a run directory
 EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
 SEAL = "_SEALED.json"
 COMPLETE = "_COMPLETE.json"
+REMOVED = "_REMOVED.json"  # beside it, where learn.keep_policies has removed the policy; its record stays
 PLAN = "plan.json"
 RESULTS, SUMMARY = "results.parquet", "summary.json"  # of an evaluation
 FAILED_SHARD = ".failed.json"  # ends the name of a note, under logs/, on why there is no such shard

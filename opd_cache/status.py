@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, REMOVED, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
 from opd_cache.store.publish import read_json, read_plain_json
 
 STAGES = ("rollout", "score", "learn", "eval")
@@ -76,6 +76,7 @@ def _episode(run: RunDir, episode: int) -> dict[str, Any]:
         "scores": {folder.name.removeprefix("teacher="): _stage(folder, shards) for folder in score_folders(target)},
         "learn": {
             "done": manifest.exists(),
+            "removed": manifest.with_name(REMOVED).exists(),  # by learn.keep_policies
             "steps": read_json(learn_plan)["num_steps"] if learn_plan.exists() else None,
         },
         "eval": evaluation_summary(run, f"policy={episode + 1}"),
@@ -183,6 +184,8 @@ def status_tables(status: dict[str, Any]) -> list[Any]:
     for entry in status["episodes"]:
         scores = ", ".join(f"{name} {_progress(stage)}" for name, stage in entry["scores"].items()) or "-"
         learned = "done" if entry["learn"]["done"] else "-"
+        if entry["learn"]["removed"]:
+            learned = "done, policy removed by the retention rule"
         stages.add_row(
             str(entry["episode"]),
             _progress(entry["rollouts"]),

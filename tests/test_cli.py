@@ -449,7 +449,7 @@ def test_status_as_json_has_what_programs_rely_on(opd_cache: Callable[..., Outco
             assert (stage["shards"], stage["done"], stage["sealed"], stage["rows"]) == (3, 3, True, 24)
             assert stage["bytes"] > 0
         assert entry["rollouts"]["tokens"] == entry["scores"]["main"]["tokens"] > 0
-        assert entry["learn"] == {"done": True, "steps": 3}
+        assert entry["learn"] == {"done": True, "removed": False, "steps": 3}
         assert entry["eval"].keys() >= EVALUATION
         assert 0 <= entry["eval"]["greedy_accuracy"] <= 1
         assert 0 <= entry["eval"]["sampled_accuracy"] <= 1
@@ -476,7 +476,11 @@ def test_status_of_a_half_done_episode_counts_its_shards(opd_cache: Callable[...
     status = json.loads(opd_cache("status", half_sampled, "--json").out)
     (entry,) = status["episodes"]
     assert entry["rollouts"] == {"shards": 3, "done": 1, "sealed": False, "rows": 0, "tokens": 0, "bytes": 0}
-    assert (entry["scores"], entry["learn"], entry["eval"]) == ({}, {"done": False, "steps": None}, None)
+    assert (entry["scores"], entry["learn"], entry["eval"]) == (
+        {},
+        {"done": False, "removed": False, "steps": None},
+        None,
+    )
     assert (status["episodes_done"], status["baseline"], status["teacher"]) == (0, None, None)
 
 

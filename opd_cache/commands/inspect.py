@@ -66,6 +66,7 @@ def inspect(
         _print_json(found[0] if diff is None else found)
         return
     from opd_cache.inspection.show import show_logprobs, show_response, show_two_episodes
+    from opd_cache.run_dir import REMOVED, RunDir
 
     console = _console()
     if diff is not None:
@@ -75,7 +76,8 @@ def inspect(
         _check_topk(response, with_topk)
     for response in both[0]:
         others = [name for name in teachers_of(connection, response) if name != response.teacher]
-        show_response(console, response, others)
+        removed = RunDir(run_dir).policy_after(response.policy_version - 1) / REMOVED
+        show_response(console, response, others, removed.exists())
         if logprobs or with_topk:
             show_logprobs(console, response, with_topk)
 

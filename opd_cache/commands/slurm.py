@@ -27,6 +27,7 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
 
     Example: opd-cache submit quickstart single_node
     """
+    from opd_cache.capacity import ALL_STAGES, open_fitting_run
     from opd_cache.cli import quiet_libraries
     from opd_cache.launch.clusters import PREFIX, load_cluster
     from opd_cache.launch.submit import plan_submission, submission_rows
@@ -34,7 +35,6 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
     from opd_cache.logs import set_up_logging
     from opd_cache.recipes import load_recipe
     from opd_cache.replay import parse_episodes
-    from opd_cache.run import open_run
     from opd_cache.run_dir import RunDir
 
     files = [argument for argument in arguments if "=" not in argument]
@@ -54,7 +54,7 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
         _print_dry(plan)
         return
     quiet_libraries()
-    open_run(recipe)
+    open_fitting_run(recipe, ALL_STAGES, runs_here=False)
     ids = send(plan, lambda line: click.echo(line, err=True))
     rows = submission_rows(plan, ids)
     if as_json:

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 from opd_cache.config.data import EvalConfig, PromptsConfig, TaskConfig
 from opd_cache.config.health import HealthConfig
-from opd_cache.config.learning import DeepSpeedOptions, LearnConfig, LoraOptions, LossConfig
+from opd_cache.config.learning import DeepSpeedOptions, KeepPolicies, LearnConfig, LoraOptions, LossConfig
 from opd_cache.config.models import ModelConfig, TeacherConfig, TeacherPrompt, VllmOptions
 from opd_cache.config.options import field_types, option
 from opd_cache.config.stages import HttpOptions, PipelineConfig, RolloutConfig, ScoreConfig
@@ -23,6 +23,7 @@ __all__ = [
     "EvalConfig",
     "HealthConfig",
     "HttpOptions",
+    "KeepPolicies",
     "LearnConfig",
     "LoraOptions",
     "LossConfig",

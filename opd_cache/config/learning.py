@@ -100,6 +100,19 @@ class DeepSpeedOptions:
 
 
 @dataclass
+class KeepPolicies:
+    """Which policies stay. What is still needed stays besides: by a stage, an evaluation, a teacher or a reference."""
+
+    last: Optional[int] = option(
+        None,
+        "The newest so many stay, and `opd-cache gc`, learn and eval remove older ones; null: all stay. Of removed ones the record remains; sampling and scoring their episodes again, and a replay from there, need them.",
+        min=1,
+    )
+    every: Optional[int] = option(None, "Versions at multiples of this stay, too; null: none.", min=1)
+    best: bool = option(True, "The best evaluated one stays, too: by sampled accuracy, without answers by reverse KL.")
+
+
+@dataclass
 class LearnConfig:
     """The student learns from the joined shards."""
 
@@ -185,6 +198,7 @@ class LearnConfig:
     keep_every: Optional[int] = option(
         None, "Checkpoints at multiples of so many steps are kept for good; null: none.", min=1
     )
+    keep_policies: KeepPolicies = option(KeepPolicies, "Old policies.")
     loggers: Optional[list[str]] = option(
         None, "Where metrics go beside steps.parquet, such as [tensorboard, wandb].", table=registry.LOGGERS
     )

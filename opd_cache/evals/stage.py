@@ -51,6 +51,16 @@ def evaluate_policy(run: Run, version: int, sampler: Sampler, scorers: Mapping[s
     _evaluate(run, f"policy={version}", version, run.policy_config(version), sampler, scorers)
 
 
+def check_evaluated(run: Run, version: int) -> None:
+    """Confirm the evaluation of a policy that has been removed since. Raises MissingInputError where there is none,
+    MismatchError where it was graded otherwise."""
+    subject = f"policy={version}"
+    path = run.dir.evaluation(subject) / SUMMARY
+    if not path.exists():
+        run.policy_folder(version)  # says that it is gone
+    _check_about(run, subject, path, read_json(path), _about(run, subject, run.policy_fingerprint(version)))
+
+
 def evaluate_teacher(run: Run, teacher: str, sampler: Sampler) -> None:
     """Evaluate a teacher's own responses: the mark that the student should reach. The same rules hold."""
     _evaluate(run, f"teacher={teacher}", -1, run.recipe.teachers[teacher], sampler, {})
@@ -66,7 +76,7 @@ def _evaluate(
 ) -> None:
     _take_in_prompts(run)
     folder = run.dir.evaluation(subject)
-    about = _about(run, subject, model)
+    about = _about(run, subject, fingerprint_model(model_folder(model)))
     if (folder / SUMMARY).exists():
         _check_about(run, subject, folder / SUMMARY, read_json(folder / SUMMARY), about)
         return
@@ -81,12 +91,12 @@ def _evaluate(
     )
 
 
-def _about(run: Run, subject: str, model: ModelConfig) -> dict[str, Any]:
+def _about(run: Run, subject: str, fingerprint: str) -> dict[str, Any]:
     """What the figures follow from, beside the sampled responses: whose they are and how they are graded."""
     options = run.recipe.eval
     return {
         "subject": subject,
-        "policy": fingerprint_model(model_folder(model)),
+        "policy": fingerprint,
         "grading": {key: getattr(options, key) for key in GRADING},
     }
 

@@ -23,11 +23,12 @@ PLAIN_WIDTH = 160  # of two columns in plain text
 MARKED_BELOW = -2.0  # in plain text, where there are no colours
 
 
-def show_response(console: Console, response: Response, other_teachers: Sequence[str]) -> None:
+def show_response(
+    console: Console, response: Response, other_teachers: Sequence[str], policy_removed: bool = False
+) -> None:
     """Who, how far from the teacher, the prompt and the coloured response."""
-    _print(
-        console, *_heading(response, other_teachers), legend(console), "", _prompt(response), _body(console, response)
-    )
+    heading = _heading(response, other_teachers, policy_removed)
+    _print(console, *heading, legend(console), "", _prompt(response), _body(console, response))
 
 
 def show_logprobs(console: Console, response: Response, with_topk: bool) -> None:
@@ -95,8 +96,9 @@ def has_colours(console: Console) -> bool:
     return console.is_terminal and not console.no_color and console.color_system is not None
 
 
-def _heading(response: Response, other_teachers: Sequence[str]) -> list[Text]:
-    who = f"rollout {response.rollout_id} · episode {response.episode} · prompt {response.prompt_index}, sample {response.sample_index} · policy {response.policy_version} · teacher {response.teacher}"
+def _heading(response: Response, other_teachers: Sequence[str], policy_removed: bool = False) -> list[Text]:
+    removed = ", removed by the retention rule" if policy_removed else ""
+    who = f"rollout {response.rollout_id} · episode {response.episode} · prompt {response.prompt_index}, sample {response.sample_index} · policy {response.policy_version}{removed} · teacher {response.teacher}"
     if other_teachers:
         who += f" (also: {', '.join(other_teachers)})"
     parts = [f"{response.num_response_tokens} tokens", response.finish_reason]

@@ -21,6 +21,7 @@ NOT_IN_THE_PLAN = (
     "checkpoint_every_steps",
     "keep_last",
     "keep_every",
+    "keep_policies",
     "loggers",
     "collective_timeout_s",
 )

@@ -106,7 +106,7 @@ def _open_lesson(run: Run, episode: int) -> Lesson | None:
             return None
     loss = resolve_loss(run.recipe.learn.loss)
     sources, facts = open_sources(run, episode, loss)
-    first_step = read_state(run.policy_folder(episode)).step if episode > 0 else 0
+    first_step = read_state(run.dir.policy_after(episode - 1)).step if episode > 0 else 0
     num_rows = sum(source.num_rows for source in sources)
     groups = [source.rows_per_prompt for source in sources]
     plan = plan_learning(run.recipe, episode, num_rows, groups, loss.needs_reward, first_step)

@@ -28,7 +28,7 @@ from opd_cache.prompts.encode import (
 )
 from opd_cache.prompts.sources import read_records
 from opd_cache.schema import PROMPTS, arrow_schema
-from opd_cache.store.rows import split_lists
+from opd_cache.store.rows import numbers, split_lists
 from opd_cache.store.shards import footer_of, open_parquet, publish_table, read_row_group
 from opd_cache.types import Int32Array, Prompt
 
@@ -221,6 +221,15 @@ def prompts_config_of(path: Path) -> dict[str, Any]:
 def count_prompts(path: Path) -> int:
     with open_parquet(path) as file:
         return file.metadata.num_rows
+
+
+def prompt_lengths(path: Path) -> tuple[int, int]:
+    """Tokens of the shortest and of the longest prompt."""
+    with open_parquet(path) as file:
+        groups = range(file.num_row_groups)
+        columns = [read_row_group(file, path, group, ["num_prompt_tokens"])["num_prompt_tokens"] for group in groups]
+    lengths = np.concatenate([numbers(column) for column in columns])
+    return int(lengths.min()), int(lengths.max())
 
 
 def require_fields(path: Path) -> None:

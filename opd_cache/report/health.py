@@ -4,7 +4,7 @@ from typing import Any
 
 from opd_cache.errors import OpdCacheError
 from opd_cache.report.live import LiveRun
-from opd_cache.run_dir import EPISODE_FOLDER, PLAN, RunDir
+from opd_cache.run_dir import EPISODE_FOLDER, PLAN, REMOVED, RunDir
 from opd_cache.status import asked_teachers, evaluated_subjects, failed_shards, kept_warnings, score_folders
 from opd_cache.store.publish import read_json
 from opd_cache.store.sealed import StageFiles, find_files, num_shards
@@ -33,6 +33,7 @@ def run_health(run: LiveRun) -> dict[str, Any]:
         "gaps": gaps(directory),
         "failed": [{key: note.get(key) for key in FAILURE} for note in failed_shards(directory)],
         "left_out": run.left_out,
+        "removed_policies": removed_policies(directory),
         "moved_aside": moved_aside(directory),
     }
 
@@ -86,6 +87,12 @@ def _missing(run: RunDir, stage: StageFiles) -> list[int]:
     """Numbers of the shards that are not there."""
     there = {int(path.name.split("-")[1]) for path in stage.files if path.exists()}
     return [shard for shard in range(_expected(run, stage)) if shard not in there]
+
+
+def removed_policies(run: RunDir) -> list[dict[str, Any]]:
+    """Version and bytes of those that learn.keep_policies has taken away."""
+    notes = [run.policy_after(episode) / REMOVED for episode in run.episodes()]
+    return [{key: read_json(note)[key] for key in ("policy_version", "bytes")} for note in notes if note.exists()]
 
 
 def moved_aside(run: RunDir) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from opd_cache.errors import EngineOutputError, MismatchError
 from opd_cache.score.scores import TokenScores
-from opd_cache.types import Score
+from opd_cache.types import Float32Array, Score
 
 # A mean over fewer tokens says little.
 MIN_TOKENS = 200
@@ -39,12 +39,26 @@ def check_gap(figures: Mapping[str, float], max_gap: float | None, where: str) -
 def check_repeats(found: Score, again: TokenScores, dtype: str, where: str) -> None:
     """Compare a row with its scores when it is scored again, alone. Raises EngineOutputError where they differ by more
     than a dtype explains."""
-    largest, mean = REPEATS_TO.get(dtype, REPEATS_TO_16_BITS)
-    finite = np.isfinite(found.teacher_logprobs) & np.isfinite(again.logprobs)
-    differences = np.abs(found.teacher_logprobs - again.logprobs)[finite]
-    if not finite.all() and not np.array_equal(found.teacher_logprobs[~finite], again.logprobs[~finite]):
-        differences = np.append(differences, np.inf)
-    if differences.size and not (differences.max() <= largest and differences.mean() <= mean):
+    if fault := repeat_fault(found.teacher_logprobs, again.logprobs, dtype):
         raise EngineOutputError(
-            f"{where}: {found.rollout_id} scored again alone differs by up to {differences.max():.3g} nats (mean {differences.mean():.3g}), more than {dtype} explains. Nothing was published; for an engine, try share_prompts=never."
+            f"{where}: {found.rollout_id} scored again alone {fault}. Nothing was published; for an engine, try share_prompts=never."
         )
+
+
+def repeat_fault(stored: Float32Array, again: Float32Array, dtype: str) -> str | None:
+    """How the log-probs of a row differ from those of another scoring, where a dtype does not explain it."""
+    if len(stored) != len(again):
+        return f"gives {len(again)} log-probs, stored are {len(stored)}"
+    largest, mean = REPEATS_TO.get(dtype, REPEATS_TO_16_BITS)
+    differences = repeat_differences(stored, again)
+    if not differences.size or (differences.max() <= largest and differences.mean() <= mean):
+        return None
+    return f"differs by up to {differences.max():.3g} nats (mean {differences.mean():.3g}), more than {dtype} explains"
+
+
+def repeat_differences(stored: Float32Array, again: Float32Array) -> Float32Array:
+    """Token by token, nats; infinite log-probs count as equal, or as infinitely different."""
+    finite = np.isfinite(stored) & np.isfinite(again)
+    differences = np.subtract(stored, again, where=finite, out=np.zeros(stored.shape, np.float32))
+    differences[~finite & (stored != again)] = np.inf
+    return np.abs(differences)

@@ -176,7 +176,7 @@ def _score_shard(
     # The file gets its name only when this generator has ended well.
     check_gap(figures, options.max_gap, str(scores.path(shard)))
     if canary is not None:
-        (again,) = _scores([canary[0]], own_ids, scorer, about)
+        again = score_alone(canary[0], own_ids, scorer, about)
         check_repeats(canary[1], again, scorer.dtype, str(scores.path(shard)))
 
 
@@ -211,6 +211,14 @@ def _score_window(
             f"{len(rows)} rollouts were read and {len(found)} scored ({scorer.engine}), expected {expected}; nothing was published."
         )
     return [found[key] for key in range(expected)]
+
+
+def score_alone(
+    row: Rollout, own_ids: Mapping[int, Int32Array], scorer: Scorer, about: Mapping[str, Any]
+) -> TokenScores:
+    """One row scored by itself, of the tokens that `about`, what its shards say of themselves, wants."""
+    (scores,) = _scores([row], own_ids, scorer, about)
+    return scores
 
 
 def _scores(

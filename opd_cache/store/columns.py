@@ -8,9 +8,11 @@ from opd_cache.store.rows import RowGroup, row_group
 from opd_cache.store.shards import ShardSet, read_row_group
 
 
-def row_groups(shards: ShardSet, shard: int, start_row: int) -> Iterator[tuple[int, RowGroup]]:
+def row_groups(
+    shards: ShardSet, shard: int, start_row: int, data: bytes | None = None
+) -> Iterator[tuple[int, RowGroup]]:
     """(number of its first row, row group) of each row group with rows from `start_row` on."""
-    with shards.open(shard) as file:
+    with shards.open(shard, data) as file:
         first = 0
         for index in range(file.num_row_groups):
             num_rows = file.metadata.row_group(index).num_rows

@@ -62,10 +62,13 @@ def write_table(file: BinaryIO, schema: pa.Schema, batches: Iterable[pa.RecordBa
     writer.close()
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open with page checksums verified on every read. Raises CorruptShardError or MissingInputError."""
+def open_parquet(path: Path, data: bytes | None = None) -> pq.ParquetFile:
+    """Open with page checksums verified on every read; data: the file's bytes, where they have been read already.
+
+    Raises CorruptShardError or MissingInputError.
+    """
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        return pq.ParquetFile(path if data is None else pa.BufferReader(data), page_checksum_verification=True)
     except FileNotFoundError as error:
         raise MissingInputError(f"{path}: no such file.") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -172,10 +175,13 @@ class ShardSet:
         }
         return publish_table(self.path(shard), self.schema, batches, footer)
 
-    def open(self, shard: int) -> pq.ParquetFile:
-        """Open a shard and check that it is this shard of this plan. Raises MismatchError, CorruptShardError."""
+    def open(self, shard: int, data: bytes | None = None) -> pq.ParquetFile:
+        """Open a shard and check that it is this shard of this plan; data: its bytes, where they have been read already.
+
+        Raises MismatchError, CorruptShardError.
+        """
         path = self.path(shard)
-        file = open_parquet(path)
+        file = open_parquet(path, data)
         try:
             self._check(file, path, shard)
         except StoreError:

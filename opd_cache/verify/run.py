@@ -4,15 +4,19 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
 from opd_cache.store.publish import fsync_folder, make_folder
-from opd_cache.verify.walk import Check, Finding, checks_of
+from opd_cache.verify.findings import Check, Finding
+from opd_cache.verify.walk import checks_of
+
+if TYPE_CHECKING:
+    from opd_cache.verify.deep import Compared
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Verdict:
     bytes: int
     seconds: float
     findings: list[Finding]
+    compared: "list[Compared] | None" = None  # by scoring again; None where that was not asked for
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -35,6 +40,7 @@ class Verdict:
                 {"file": self.name(found.file), "problem": found.problem, "moves": list(map(self.name, found.moves)), "again": list(found.again)}
                 for found in self.findings
             ],
+            "deep": None if self.compared is None else [asdict(one) for one in self.compared],
         }  # fmt: skip
 
     def name(self, path: Path) -> str:
@@ -45,28 +51,39 @@ class Verdict:
 def verify_run(path: Path) -> Verdict:
     """Read every file of a run and compare it with what the others say of it. Nothing is written.
 
-    Memory: one row group a core, and 8 bytes a prompt. Raises MissingInputError, MismatchError, CorruptShardError
-    where run.json does not say what run this is.
+    Memory: one shard and one of its row groups decoded a core, and 8 bytes a prompt. Raises MissingInputError,
+    MismatchError, CorruptShardError where run.json does not say what run this is.
     """
     run, start = RunDir(path), time.monotonic()
-    checks = list(checks_of(run))
-    sizes = [sum(file.stat().st_size for file in check.files if file.exists()) for check in checks]
-    found: dict[int, list[Finding]] = {}
-    with (
-        StageProgress("verify", str(path), sum(sizes) >> 20, "MiB") as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        # The largest first, so that no core is left with one at the end.
-        order = sorted(range(len(checks)), key=lambda index: -sizes[index])
-        futures = {pool.submit(_findings, checks[index]): index for index in order}
-        read = 0
-        for future in as_completed(futures):
-            index = futures[future]
-            found[index] = future.result()
-            progress.advance(((read + sizes[index]) >> 20) - (read >> 20), 0)
-            read += sizes[index]
+    checks: list[Check] = []
+    futures: dict[Future[list[Finding]], int] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for check in checks_of(run):  # the first are being read while the others are still being found
+            futures[pool.submit(_findings, check)] = len(checks)
+            checks.append(check)
+        sizes = [sum(file.stat().st_size for file in check.files if file.exists()) for check in checks]
+        found: dict[int, list[Finding]] = {}
+        with StageProgress("verify", str(path), sum(sizes) >> 20, "MiB") as progress:
+            read = 0
+            for future in as_completed(futures):
+                index = futures[future]
+                found[index] = future.result()
+                progress.advance(((read + sizes[index]) >> 20) - (read >> 20), 0)
+                read += sizes[index]
     findings = [finding for index in range(len(checks)) for finding in found[index]]
     return Verdict(run, sum(len(check.files) for check in checks), sum(sizes), time.monotonic() - start, findings)
+
+
+def verify_deeply(path: Path, rows: int, seed: int, overrides: Sequence[str]) -> Verdict:
+    """The same, and then so many rows of each teacher and of the student scored again (deep.py): of a run that is clean
+    without, since a shard that is not whole has no rows to compare."""
+    verdict = verify_run(path)
+    if verdict.findings:
+        return verdict
+    from opd_cache.verify.deep import score_again
+
+    compared, findings = score_again(path, rows, seed, overrides)
+    return replace(verdict, compared=compared, findings=findings)
 
 
 def _findings(check: Check) -> list[Finding]:

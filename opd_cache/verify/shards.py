@@ -15,10 +15,12 @@ from opd_cache.errors import AlignmentError, CorruptShardError
 from opd_cache.store.columns import fits, is_even, row_groups
 from opd_cache.store.join import num_scored
 from opd_cache.store.plans import RolloutPlan
-from opd_cache.store.publish import digest_file
-from opd_cache.store.rows import STUDENT_TOPK, Lists, RowGroup
+from opd_cache.store.publish import digest_bytes, digest_file
+from opd_cache.store.rows import STUDENT_TOPK, Lists, RowGroup, ascii_array, numbers
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import hash_ids
+
+LARGEST_IN_MEMORY = 256 << 20  # bytes of a shard, one a core
 
 
 @dataclass(frozen=True)
@@ -48,31 +50,33 @@ def hash_prompts(ids: Lists) -> list[int]:
     return [hash_ids(prompt, nothing) for prompt in ids.rows()]
 
 
-def check_digest(shards: ShardSet, shard: int, seal: dict[str, Any] | None) -> None:
-    """Compare a shard's bytes with its seal. Raises CorruptShardError."""
+def read_shard(shards: ShardSet, shard: int, seal: dict[str, Any] | None) -> bytes | None:
+    """A shard's bytes, compared with its seal: what is decoded is what was hashed, and is read once. None of a shard that
+    is too large for that. Raises CorruptShardError."""
+    path = shards.path(shard)
+    data = path.read_bytes() if path.stat().st_size <= LARGEST_IN_MEMORY else None
     if seal is None:
-        return
-    entry, path = seal["shards"][shard], shards.path(shard)
-    if (digest := digest_file(path)) != entry["sha256"]:
-        raise CorruptShardError(
-            f"{path}: its sha256 is {digest[:12]}…, {shards.seal_path.name} says {entry['sha256'][:12]}…"
-        )
+        return data
+    wanted = seal["shards"][shard]["sha256"]
+    if (digest := digest_file(path) if data is None else digest_bytes(data)) != wanted:
+        raise CorruptShardError(f"{path}: its sha256 is {digest[:12]}…, {shards.seal_path.name} says {wanted[:12]}…")
+    return data
 
 
-def check_rollouts(shards: ShardSet, shard: int, facts: Facts) -> Rows:
-    """Read a shard whole and compare every row with the plan, the prompts and itself.
+def check_rollouts(shards: ShardSet, shard: int, facts: Facts, data: bytes | None) -> Rows:
+    """Compare every row of a shard with the plan, the prompts and itself.
 
     Memory: one row group. Raises CorruptShardError, MismatchError.
     """
     expected = _planned_ids(facts, shard)
     hashes, counts, end = [], [], 0
-    for first, group in row_groups(shards, shard, 0):
+    for first, group in row_groups(shards, shard, 0, data):
         end = first + len(group.table)
         fault = _rollouts_fault(group, facts, expected[first:end])
         if fault is not None:
             raise CorruptShardError(f"{shards.path(shard)} rows {first} to {end - 1}: {fault}")
-        hashes.append(group.table["ids_hash"].to_numpy())
-        counts.append(group.table["num_response_tokens"].to_numpy())
+        hashes.append(numbers(group.table["ids_hash"]))
+        counts.append(numbers(group.table["num_response_tokens"]))
     if end != len(expected):
         raise CorruptShardError(f"{shards.path(shard)}: {end} rows, the plan has {len(expected)}")
     return Rows(expected, np.concatenate(hashes), np.concatenate(counts))
@@ -80,6 +84,8 @@ def check_rollouts(shards: ShardSet, shard: int, facts: Facts) -> Rows:
 
 def first_samples(plan: RolloutPlan) -> list[int]:
     """How many rollouts of its prompt come before each place of a plan."""
+    if len(set(plan.prompt_indices)) == len(plan.prompt_indices):
+        return [0] * len(plan.prompt_indices)
     seen: Counter[int] = Counter()
     firsts = []
     for prompt in plan.prompt_indices:
@@ -91,13 +97,12 @@ def first_samples(plan: RolloutPlan) -> list[int]:
 def _planned_ids(facts: Facts, shard: int) -> pa.Array:
     plan, size = facts.plan, facts.plan.prompts_per_shard
     firsts = facts.first_samples[shard * size : (shard + 1) * size]
-    return pa.array(
+    return ascii_array(
         [
             f"{plan.scope}/{prompt}/{first + sample}"
             for prompt, first in zip(plan.shard_prompts(shard), firsts, strict=True)
             for sample in range(plan.n_samples_per_prompt)
-        ],
-        pa.string(),
+        ]
     )
 
 
@@ -108,7 +113,7 @@ def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | 
     if not table["rollout_id"].combine_chunks().equals(expected):
         return "its rollout_ids are not those of the plan, in their order"
     for ids in ("prompt_ids", "response_ids"):
-        if not np.array_equal(np.diff(lists[ids].offsets), table[f"num_{ids.removesuffix('ids')}tokens"].to_numpy()):
+        if not np.array_equal(np.diff(lists[ids].offsets), numbers(table[f"num_{ids.removesuffix('ids')}tokens"])):
             return f"lists of {ids} do not have the lengths that are said beside them"
     if not fits(group, "response_ids", ("sampling_logprobs", "raw_logprobs"), ("reward",)) or not fits(
         group, "student_topk_ids", ("student_topk_logprobs",)
@@ -121,7 +126,7 @@ def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | 
     for name in ("prompt_ids", "response_ids", "student_topk_ids"):
         if name in lists and (fault := _ids_fault(lists[name].values, name, facts.vocab_size)):
             return fault
-    if set(table["policy_version"].unique().to_pylist()) - {plan.policy_version}:
+    if (numbers(table["policy_version"]) != plan.policy_version).any():
         return f"policy_version is not the plan's, {plan.policy_version}"
     return _hashes_fault(group, facts.prompt_hashes)
 
@@ -138,15 +143,17 @@ def _ids_fault(values: npt.NDArray, name: str, vocab_size: int | None) -> str | 
 def _hashes_fault(group: RowGroup, prompt_hashes: npt.NDArray[np.uint64]) -> str | None:
     """Compare every row's ids with its ids_hash, and its prompt with prompts.parquet."""
     table, prompts, responses = group.table, group.lists["prompt_ids"], group.lists["response_ids"]
-    found, known = [], []
+    found, known, last = [], [], None
     for prompt, response in zip(_byte_rows(prompts), _byte_rows(responses), strict=True):
-        digest = xxhash.xxh3_64((len(prompt) // 4).to_bytes(8, "little"))
-        digest.update(prompt)
-        known.append(digest.intdigest())
-        digest.update(response)
-        found.append(digest.intdigest())
-    indices = table["prompt_index"].to_numpy()
-    if not np.array_equal(np.array(found, np.uint64), table["ids_hash"].to_numpy()):
+        if prompt != last:  # the samples of a prompt are neighbours
+            begun = xxhash.xxh3_64((len(prompt) // 4).to_bytes(8, "little") + prompt)
+            digest, last = begun.intdigest(), prompt
+        known.append(digest)
+        whole = begun.copy()
+        whole.update(response)
+        found.append(whole.intdigest())
+    indices = numbers(table["prompt_index"])
+    if not np.array_equal(np.array(found, np.uint64), numbers(table["ids_hash"])):
         return "token ids do not give their ids_hash"
     if indices.min() < 0 or indices.max() >= len(prompt_hashes):
         return f"prompt_index {indices.max()}, there are {len(prompt_hashes)} prompts"
@@ -155,19 +162,19 @@ def _hashes_fault(group: RowGroup, prompt_hashes: npt.NDArray[np.uint64]) -> str
     return None
 
 
-def _byte_rows(ids: Lists) -> Iterator[memoryview]:
-    data = np.ascontiguousarray(ids.values, dtype="<i4").data.cast("B")
+def _byte_rows(ids: Lists) -> Iterator[bytes]:
+    data = ids.values.astype("<i4", copy=False).tobytes()
     ends = (ids.offsets * 4).tolist()
     return (data[start:end] for start, end in itertools.pairwise(ends))
 
 
-def check_scores(scores: ShardSet, shard: int, rows: Rows, vocab_size: int | None) -> None:
-    """Read a shard of scores whole and compare every row with its rollout.
+def check_scores(scores: ShardSet, shard: int, rows: Rows, vocab_size: int | None, data: bytes | None) -> None:
+    """Compare every row of a shard of scores with its rollout.
 
     Memory: one row group. Raises CorruptShardError, AlignmentError, MismatchError.
     """
     end = 0
-    for first, group in row_groups(scores, shard, 0):
+    for first, group in row_groups(scores, shard, 0, data):
         end = first + len(group.table)
         mine = slice(first, end)
         part = Rows(rows.rollout_ids[mine], rows.ids_hashes[mine], rows.num_tokens[mine])
@@ -183,7 +190,7 @@ def check_scores(scores: ShardSet, shard: int, rows: Rows, vocab_size: int | Non
 def _alignment_fault(group: RowGroup, rows: Rows) -> str | None:
     if not group.table["rollout_id"].combine_chunks().equals(rows.rollout_ids):
         return "rollout_ids are not those of the rollouts beside them"
-    if not np.array_equal(group.table["ids_hash"].to_numpy(), rows.ids_hashes):
+    if not np.array_equal(numbers(group.table["ids_hash"]), rows.ids_hashes):
         return "made from other token ids (ids_hash)"
     return None
 
@@ -193,9 +200,12 @@ def _scores_fault(
 ) -> str | None:
     table, lists, top_k = group.table, group.lists, about["top_k"]
     first, horizon = about.get("first_token"), about.get("horizon")
-    counts = np.array([num_scored(count, first, horizon) for count in num_tokens.tolist()], np.int32)
-    counts[~table["error"].is_null().to_numpy()] = 0
-    lengths = table["num_response_tokens"].to_numpy()
+    counts = num_tokens.copy()
+    if first is not None or horizon is not None:
+        counts[:] = [num_scored(count, first, horizon) for count in num_tokens.tolist()]
+    if table["error"].null_count < len(table):
+        counts[~table["error"].is_null().to_numpy()] = 0
+    lengths = numbers(table["num_response_tokens"])
     if not np.array_equal(lengths, counts) or not np.array_equal(np.diff(lists["teacher_logprobs"].offsets), counts):
         return "not one log-prob for each response token that is to be scored"
     if not is_even(group, "teacher_logprobs", {"teacher_rank": 1, "topk_ids": top_k, "topk_logprobs": top_k}):

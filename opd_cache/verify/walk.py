@@ -4,14 +4,12 @@ run.json → prompts → plan → rollout shards → seal → score plan → sco
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd_cache.errors import CorruptShardError, MismatchError, StoreError
-from opd_cache.learn.checkpoint import STEPS, TRAINER
 from opd_cache.run_dir import COMPLETE, PLAN, RESULTS, SEAL, SUMMARY, RolloutSet, RunDir
 from opd_cache.status import read_identity
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
@@ -19,37 +17,12 @@ from opd_cache.store.publish import digest_file, read_json, read_plain_json
 from opd_cache.store.rows import row_group
 from opd_cache.store.sealed import MODES
 from opd_cache.store.shards import ShardSet, read_row_groups
-from opd_cache.verify.shards import Facts, Rows, check_digest, check_rollouts, check_scores, first_samples, hash_prompts
+from opd_cache.verify.findings import Check, Finding, Known, broken, digest_of, unchanged
+from opd_cache.verify.learned import learn_checks
+from opd_cache.verify.shards import Facts, Rows, check_rollouts, check_scores, first_samples, hash_prompts, read_shard
 
 Seal = dict[str, Any]
 Sealed = tuple[ShardSet, Seal | None]  # None where there is no seal, or none that can be read
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not what it should be."""
-
-    file: Path
-    problem: str
-    moves: tuple[Path, ...]  # what must leave the run to open it again; nothing where only a person can mend it
-    again: tuple[str, ...]  # the commands that then make it anew
-
-
-@dataclass(frozen=True)
-class Check:
-    """Files to be read together, and what does it."""
-
-    files: tuple[Path, ...]
-    find: Callable[[], Iterator[Finding]]
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the whole run is compared with."""
-
-    run: RunDir
-    identity: dict[str, Any]
-    vocab_size: int | None
 
 
 def checks_of(run: RunDir) -> Iterator[Check]:
@@ -60,38 +33,9 @@ def checks_of(run: RunDir) -> Iterator[Check]:
     for episode in run.episodes():
         target = run.episode(episode)
         yield from _set_checks(known, target, prompts, is_evaluation=False)
-        yield from _learn_checks(known, episode)
+        yield from learn_checks(known, episode)
     for folder in sorted(run.path.glob("evals/*")):
         yield from _evaluation_checks(known, folder, prompts)
-
-
-def single(path: Path, work: Callable[[], object], moves: tuple[Path, ...], *again: str) -> Check:
-    """A check that fails as a whole."""
-
-    def find() -> Iterator[Finding]:
-        try:
-            work()
-        except (StoreError, OSError) as error:
-            yield Finding(path, str(error), moves, again)
-
-    return Check((path,), find)
-
-
-def _unchanged(path: Path, wanted: str, said_by: str, moves: tuple[Path, ...], *again: str) -> Check:
-    """Compare a file with its digest."""
-
-    def work() -> None:
-        if (found := digest_file(path)) != wanted:
-            raise CorruptShardError(f"{path}: its sha256 is {found[:12]}…, {said_by} says {wanted[:12]}…")
-
-    return single(path, work, moves, *again)
-
-
-def _broken(path: Path, error: Exception, moves: tuple[Path, ...], *again: str) -> Check:
-    def work() -> None:
-        raise error
-
-    return single(path, work, moves, *again)
 
 
 def _prompts_checks(known: Known) -> Iterator[Check]:
@@ -99,7 +43,7 @@ def _prompts_checks(known: Known) -> Iterator[Check]:
 
     wanted = {run.prompts: known.identity["prompts"]["sha256"], run.vocab: known.identity["vocab"]}
     for path, digest in wanted.items():
-        yield _unchanged(path, digest, "run.json", ())
+        yield unchanged(path, digest, "run.json", ())
 
 
 def _vocab_size(run: RunDir) -> int | None:
@@ -136,11 +80,11 @@ def _evaluation_checks(known: Known, folder: Path, prompts: _PromptHashes) -> It
         try:
             content = read_json(summary)
         except StoreError as error:
-            yield _broken(summary, error, (summary,), again)
+            yield broken(summary, error, (summary,), again)
         else:
             if content["subject"] != folder.name:
                 return  # moved aside
-            yield _unchanged(results, content["results"], SUMMARY, (results, summary), again)
+            yield unchanged(results, content["results"], SUMMARY, (results, summary), again)
     for mode in MODES:
         yield from _set_checks(known, known.run.evaluation_set(folder.name, mode), prompts, is_evaluation=True)
 
@@ -155,13 +99,13 @@ def _set_checks(known: Known, target: RolloutSet, prompts: _PromptHashes, is_eva
         _check_plan(known, target, plan, is_evaluation)
         rollouts = rollout_shards(target, plan)
     except StoreError as error:
-        yield _broken(target.plan, error, (target.plan,), again)
+        yield broken(target.plan, error, (target.plan,), again)
         return
     try:
         hashes = prompts.of(target.prompts, plan.prompts)
     except StoreError as error:
         if is_evaluation:  # run.json vouches for the other
-            yield _broken(target.prompts, error, ())
+            yield broken(target.prompts, error, ())
         return
     seal = yield from _seal_checks(rollouts)
     scores: list[Sealed] = []
@@ -206,22 +150,13 @@ def _seal_checks(shards: ShardSet) -> Generator[Check, None, Seal | None]:
         seal = read_json(shards.seal_path)
         shards.check_seal(seal)
     except StoreError as error:
-        yield _broken(shards.seal_path, error, (shards.seal_path,), shards.remedy)
+        yield broken(shards.seal_path, error, (shards.seal_path,), shards.remedy)
         return None
     for shard in shards.missing():
         path = shards.path(shard)
         gone = CorruptShardError(f"{path}: missing, though {SEAL} lists it")
-        yield _broken(path, gone, (shards.seal_path,), shards.remedy)
+        yield broken(path, gone, (shards.seal_path,), shards.remedy)
     return seal
-
-
-def _digest_of(path: Path) -> str | None:
-    """Of a JSON file that is there and whole; one that is not is a finding of its own."""
-    try:
-        read_json(path)
-        return digest_file(path)
-    except StoreError:
-        return None
 
 
 def _score_part(
@@ -232,20 +167,20 @@ def _score_part(
     try:
         content = read_json(folder / PLAN)
     except StoreError as error:
-        yield _broken(folder / PLAN, error, (folder / PLAN,), again)
+        yield broken(folder / PLAN, error, (folder / PLAN,), again)
         return None
     teacher, first = content.get("teacher", ""), content.get("first_token") or 0
     if target.scores(teacher, first) != folder:
         return None  # moved aside
     try:
         scores = score_shards(target, plan, teacher, first)
-        digest = _digest_of(target.rollouts / SEAL)
+        digest = digest_of(target.rollouts / SEAL)
         if digest is not None and scores.about["rollouts"] != digest:
             raise MismatchError(
                 f"{folder / PLAN}: made from rollouts {scores.about['rollouts'][:12]}, the seal beside it is {digest[:12]}"
             )
     except (StoreError, KeyError) as error:
-        yield _broken(folder / PLAN, error, (folder,), again)
+        yield broken(folder / PLAN, error, (folder,), again)
         return None
     seal = yield from _seal_checks(scores)
     return scores, seal
@@ -261,17 +196,16 @@ def _shard_finder(
         rows: Rows | None = None
         if shards.path(shard).exists():
             try:
-                check_digest(shards, shard, seal)
-                rows = check_rollouts(shards, shard, facts)
+                rows = check_rollouts(shards, shard, facts, read_shard(shards, shard, seal))
             except (StoreError, OSError) as error:
                 yield _bad_shard(shards, shard, error, *(one for one, _ in scores if one.is_sealed()))
         for one, its_seal in scores:
             if not one.path(shard).exists():
                 continue
             try:
-                check_digest(one, shard, its_seal)
+                data = read_shard(one, shard, its_seal)
                 if rows is not None:
-                    check_scores(one, shard, rows, facts.vocab_size)
+                    check_scores(one, shard, rows, facts.vocab_size, data)
             except (StoreError, OSError) as error:
                 yield _bad_shard(one, shard, error)
 
@@ -283,61 +217,3 @@ def _bad_shard(shards: ShardSet, shard: int, error: Exception, *downstream: Shar
     seals = [one.seal_path for one in opened if one.is_sealed()]
     remedies = tuple(dict.fromkeys(one.remedy for one in opened))
     return Finding(shards.path(shard), str(error), (shards.path(shard), *seals), remedies)
-
-
-def _learn_checks(known: Known, episode: int) -> Iterator[Check]:
-    """The learning of an episode: its plan against what it learned from, and every checkpoint and policy file."""
-    run, folder = known.run, known.run.learn(episode)
-    again = stage_command("learn", run.episode(episode))
-    plan, policy = folder / PLAN, run.policy_after(episode)
-    for checkpoint in sorted(folder.glob("checkpoint-*")):
-        if (checkpoint / COMPLETE).exists():
-            yield from _checkpoint_checks(checkpoint, (checkpoint,), again)
-    if plan.exists():
-        yield single(plan, lambda: _check_learn_plan(known, episode), (plan,), again)
-    if (policy / COMPLETE).exists():
-        moves = (policy, run.steps(episode))  # a policy that is made anew has metrics of its own
-        yield from _checkpoint_checks(policy, moves, again)
-        yield single(policy / COMPLETE, lambda: _check_policy(policy, plan), moves, again)
-
-
-def _checkpoint_checks(folder: Path, moves: tuple[Path, ...], again: str) -> Iterator[Check]:
-    """Every file of a checkpoint or policy, against its manifest."""
-    try:
-        files = read_json(folder / COMPLETE)["files"]
-    except StoreError as error:
-        yield _broken(folder / COMPLETE, error, moves, again)
-        return
-    for name, digest in files.items():
-        yield _unchanged(folder / name, digest, COMPLETE, moves, again)
-        steps = folder.parent / "learn" / STEPS
-        if name == f"{TRAINER}/{STEPS}" and steps.exists():
-            yield _unchanged(steps, digest, f"{folder.name}/{COMPLETE}", (steps,), again)
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and name != COMPLETE and name not in files:
-            stray = CorruptShardError(f"{path}: {COMPLETE} does not list it")
-            yield _broken(path, stray, (path,), again)
-
-
-def _check_learn_plan(known: Known, episode: int) -> None:
-    path = known.run.learn(episode) / PLAN
-    content = read_json(path)
-    if content.get("run_id") != known.identity["run_id"]:
-        raise MismatchError(f"{path}: made for run {content.get('run_id')}, this is {known.identity['run_id']}")
-    for source in content.get("sources", []):
-        target = known.run.episode(source["episode"])
-        digest = _digest_of(target.rollouts / SEAL)
-        if digest is not None and source["rollouts"] != digest:
-            raise MismatchError(
-                f"{path}: learned from rollouts {source['rollouts'][:12]} of {target.label}, their seal is now {digest[:12]}"
-            )
-
-
-def _check_policy(policy: Path, plan: Path) -> None:
-    made_by = read_json(policy / COMPLETE).get("plan")
-    digest = _digest_of(plan)
-    if digest is not None and made_by != digest:
-        raise MismatchError(
-            f"{policy}: made by plan {str(made_by)[:12]}, {plan.name} of its learning is now {digest[:12]}"
-        )

@@ -63,7 +63,7 @@ def test_the_command_removes_only_temporaries(finished_run: Run, tmp_path: Path,
     before = sorted(path for path in folder.rglob("*"))
     dead = temporary(finished_run.dir.episode(0).rollouts, socket.gethostname(), dead_pid)
     shown = json.loads(run_command("gc", str(folder), "--dry-run", "--json").stdout)
-    assert shown == {"files": [str(dead)], "bytes": 10, "removed": False}
+    assert shown == {"files": [str(dead)], "bytes": 10, "policies": [], "removed": False}
     assert "removed 1 temporary files, 10 bytes" in run_command("gc", str(folder)).stdout
     assert sorted(path for path in folder.rglob("*")) == before
     assert run_command("gc", str(tmp_path)).returncode == 2

@@ -23,6 +23,7 @@ function runHealth(run, isNamed) {
     part("Slow shards", "At least twice the time a token of their stage's median.", slowTable(run), run.with_seconds === 0 ? "No log says how long shards took." : null),
     part("Quarantined and moved aside", "Nothing reads these.", list(run.moved_aside)),
     part("Left out of the views", "What is there, but not sealed.", list(run.left_out)),
+    part("Policies removed by the retention rule", "learn.keep_policies gave them up; their responses, scores and steps are all there.", list(run.removed_policies.map((one) => `policy ${one.policy_version}, ${count(one.bytes)} bytes`))),
   ].filter((one) => one !== null);
 }
 
