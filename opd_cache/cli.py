@@ -23,6 +23,7 @@ from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.commands.verify import repair, verify
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
+from opd_cache.store.disk import disk_error
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -391,7 +392,11 @@ def main() -> None:
             "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
         )
     except OSError as error:
-        if debug or error.filename is None:
+        if debug:
+            raise
+        if explained := disk_error(error, error.filename or "a file of the run"):
+            _stop(type(explained).__name__, str(explained), explained.exit_status)
+        if error.filename is None:
             raise
         _stop(type(error).__name__, f"{error.filename}: {error.strerror}.", 2)
     except (KeyboardInterrupt, click.Abort):
