@@ -391,14 +391,13 @@ def main() -> None:
         _stop(
             "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
         )
-    except OSError as error:
-        if debug:
-            raise
-        if explained := disk_error(error, error.filename or "a file of the run"):
+    except Exception as error:
+        name = error.filename if isinstance(error, OSError) else None
+        if not debug and (explained := disk_error(error, name or "a file of the run")):
             _stop(type(explained).__name__, str(explained), explained.exit_status)
-        if error.filename is None:
-            raise
-        _stop(type(error).__name__, f"{error.filename}: {error.strerror}.", 2)
+        if not debug and isinstance(error, OSError) and name is not None:
+            _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
+        raise
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command goes on from what is published.", err=True)
         sys.exit(130)

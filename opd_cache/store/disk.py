@@ -18,14 +18,14 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PASSING = {errno.ESTALE}
 FAILING = {errno.EIO, errno.EROFS}
 UNPUBLISHED = "Nothing unfinished was published"
-RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+TOLD_ERRNO = re.compile(r"\((?:os error )?(\d+)\)")
 PIECE_BYTES = 1 << 20
 
 
-def disk_error(error: OSError, path: Path | str) -> OpdCacheError | None:
+def disk_error(error: BaseException, path: Path | str) -> OpdCacheError | None:
     """What a failing disk is called: TryAgainError where the same command may succeed later, else DiskError; None for
     what is no fault of a disk."""
-    number = error.errno or 0
+    number = next((number for one in _chain(error) for number in _numbers(one)), 0)
     said = f"{path}: {os.strerror(number)}. {UNPUBLISHED}"
     if number in NO_SPACE:
         return TryAgainError(f"{said}; make room and run the same command again.")
@@ -36,24 +36,32 @@ def disk_error(error: OSError, path: Path | str) -> OpdCacheError | None:
     return None
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _numbers(error: BaseException) -> Iterator[int]:
+    """The disk's errno that an error has; safetensors and torch tell it in the text of exceptions of their own."""
+    known = NO_SPACE | PASSING | FAILING
+    if isinstance(error, OSError) and error.errno in known:
+        yield error.errno
+    numbers = map(int, TOLD_ERRNO.findall(str(error)))
+    yield from (number for number in numbers if number in known and os.strerror(number) in str(error))
+
+
 @contextlib.contextmanager
 def explained_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a failing disk into TryAgainError and DiskError, those too that libraries in Rust tell as text."""
+    """Turn the errors of a failing disk into TryAgainError and DiskError."""
     try:
         yield
     except OpdCacheError:
         raise
     except Exception as error:
-        if explained := disk_error(_os_error(error), path):
+        if explained := disk_error(error, path):
             raise explained from error
         raise
-
-
-def _os_error(error: Exception) -> OSError:
-    if isinstance(error, OSError):
-        return error
-    match = RUST_ERRNO.search(str(error))
-    return OSError(int(match[1]) if match else 0, "")
 
 
 class _Recorded(io.FileIO):
