@@ -24,6 +24,7 @@ from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.commands.verify import repair, verify
 from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
+from opd_cache.store.disk import disk_error
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -391,10 +392,13 @@ def main() -> None:
         _stop(
             "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
         )
-    except OSError as error:
-        if debug or error.filename is None:
-            raise
-        _stop(type(error).__name__, f"{error.filename}: {error.strerror}.", 2)
+    except Exception as error:
+        name = error.filename if isinstance(error, OSError) else None
+        if not debug and (explained := disk_error(error, name or "a file of the run")):
+            _stop(type(explained).__name__, str(explained), explained.exit_status)
+        if not debug and isinstance(error, OSError) and name is not None:
+            _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
+        raise
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command goes on from what is published.", err=True)
         sys.exit(130)

@@ -39,6 +39,10 @@ class StoreError(OpdCacheError):
     """Something in the run directory is not what it should be."""
 
 
+class DiskError(StoreError):
+    """A disk that fails or lies. Trying again is of no use before somebody has seen to it."""
+
+
 class CorruptShardError(StoreError, ValueError):
     """A shard or manifest is damaged: truncated, flipped bits, wrong rows."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
+from opd_cache.store.disk import disk_error
 
 TRUST_HINT = "Set trust_remote_code=true for this model if you know it."
 ADAPTER_CONFIG = "adapter_config.json"
@@ -200,6 +201,8 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
         if adapters.is_file():
             module = _with_adapters(module, folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if failing := disk_error(error, folder):
+            raise failing from error
         hint = f" {TRUST_HINT}" if "trust_remote_code" in str(error) and not config.trust_remote_code else ""
         raise ModelError(
             f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}"

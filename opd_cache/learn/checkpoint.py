@@ -13,6 +13,7 @@ from typing import Any
 from opd_cache.errors import CorruptShardError, MismatchError
 from opd_cache.fingerprint import fingerprint_model
 from opd_cache.run_dir import COMPLETE
+from opd_cache.store.disk import write_whole
 from opd_cache.store.publish import digest_file, publish_folder, read_json, read_plain_json, signed_json
 
 TRAINER = "trainer"
@@ -39,16 +40,15 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
             str(path.relative_to(folder)): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
-        (folder / COMPLETE).write_bytes(signed_json(content))
+        write_whole(folder / COMPLETE, signed_json(content))
 
     return publish_folder(final, whole)
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
     (folder / TRAINER).mkdir(exist_ok=True)
-    (folder / TRAINER / STATE).write_text(
-        json.dumps({"step": state.step, "cursor": state.cursor, "steps": state.steps})
-    )
+    content = {"step": state.step, "cursor": state.cursor, "steps": state.steps}
+    write_whole(folder / TRAINER / STATE, json.dumps(content).encode())
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -97,4 +97,4 @@ def copy_model_files(source: Path, target: Path, existing: Sequence[str]) -> Non
     for path in sorted(source.iterdir()):
         skip = path.name == COMPLETE or path.name in existing or path.name.endswith(WEIGHT_SUFFIXES)
         if path.is_file() and not skip:
-            shutil.copyfile(path, target / path.name)
+            write_whole(target / path.name, path.read_bytes())

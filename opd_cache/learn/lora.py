@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd_cache.config import LoraOptions
 from opd_cache.errors import ConfigError
+from opd_cache.learn.tensor_files import FORMAT, save_tensors
 from opd_cache.models import ADAPTER_CONFIG, LanguageModel
+from opd_cache.store.disk import write_whole
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"  # PEFT's name of the only one
@@ -98,11 +100,12 @@ def save_adapters(folder: Path, state: Mapping[str, Tensor], module: nn.Module, 
         for name, tensor in state.items()
         if is_adapter(name)
     }
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / ADAPTER_WEIGHTS, tensors, FORMAT)
     config: Any = module.peft_config[ADAPTER]  # type: ignore[index]
     content = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    text = json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
+    write_whole(folder / ADAPTER_CONFIG, text.encode())
 
 
 def read_adapters(folder: Path) -> dict[str, Tensor]:

@@ -1,9 +1,7 @@
 """The learn stage: stream the joined shards in planned order, one optimizer step a global batch, publish the policy."""
 
-import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -45,8 +43,9 @@ from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stall import note_progress, phase
 from opd_cache.stop import StopRequest, noted_signals
+from opd_cache.store.disk import new_file, write_whole
 from opd_cache.store.join import Joined
-from opd_cache.store.publish import fsync_folder, make_folder, publish_json
+from opd_cache.store.publish import publish_json, publish_link
 from opd_cache.store.shards import write_table
 
 log = logging.getLogger(__name__)
@@ -209,7 +208,7 @@ def _publish_policy(run: Run, episode: int, engine: Engine, ranks: Ranks, lesson
     def also(target: Path) -> None:
         _write_steps(target / TRAINER / STEPS, state.steps)
         if canary is not None:
-            (target / CANARY).write_text(json.dumps(canary))
+            write_whole(target / CANARY, json.dumps(canary).encode())
 
     if _publish(final, engine, ranks, lesson.about, TrainerState(state.step, 0, []), also):
         engine.saved_as(final)
@@ -282,7 +281,7 @@ def _shown(value: float | None) -> str:
 
 def _write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
     schema = arrow_schema(STEP_COLUMNS)
-    with open(path, "xb") as file:
+    with new_file(path) as file:
         write_table(
             file,
             schema,
@@ -296,7 +295,4 @@ def _link_steps(run: Run, episode: int) -> None:
     final = run.dir.steps(episode)
     source = run.dir.policy_after(episode) / TRAINER / STEPS
     if not final.exists() and source.exists():
-        make_folder(final.parent)
-        with contextlib.suppress(FileExistsError):
-            os.link(source, final)
-        fsync_folder(final.parent)
+        publish_link(source, final)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opd_cache.config import LearnConfig, ModelConfig
@@ -19,9 +18,12 @@ from opd_cache.learn.checkpoint import TRAINER, copy_model_files
 from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
 from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.student import Student
+from opd_cache.learn.tensor_files import FORMAT, check_tensors, save_tensors
 from opd_cache.models import LanguageModel, load_model, load_weights_into
+from opd_cache.store.disk import unlike_written, write_whole
+from opd_cache.store.publish import read_plain_json
 
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, CONFIG = "adapter", "config.json"
 # Tensors of one file are in memory at once while it is written.
 OPTIMIZER_FILE_BYTES = 4 << 30
 # (label "exp_avg:NAME", tensor) of every optimizer state
@@ -100,11 +102,37 @@ def _save_pretrained(folder: Path, state: dict[str, Tensor], module: Any) -> Non
     settings, module.generation_config = module.generation_config, GenerationConfig()
     loaded = {name: vars(module).pop(name) for name in ("_hf_peft_config_loaded",) if name in vars(module)}
     try:
-        module.save_pretrained(folder, state_dict=state)
+        module.save_pretrained(folder, state_dict=dict(state))  # it takes names out
     finally:
         module.generation_config = settings
         vars(module).update(loaded)
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    for name in ("generation_config.json", CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    # As transformers has just written it, but read back.
+    write_whole(folder / CONFIG, module.config.to_json_string().encode())
+    _check_saved(folder, state, module)
+
+
+def _check_saved(folder: Path, state: Mapping[str, Tensor], module: Any) -> None:
+    """Compare the weights that transformers wrote with the state. Raises DiskError.
+
+    Names that it changed for models that were converted on loading are left alone.
+    """
+    where = {
+        name: path.name for path in sorted(folder.glob("*.safetensors")) for name in check_tensors(path, state, FORMAT)
+    }
+    saved = [state[name] for name in where if name in state]
+    left_out = [tensor for name, tensor in state.items() if name not in where]  # tied to others
+    is_whole = where.keys() <= state.keys() and all(_is_among(tensor, saved) for tensor in left_out)
+    if not is_whole and not getattr(module, "_weight_conversions", None):
+        raise unlike_written(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and read_plain_json(index)["weight_map"] != where:
+        raise unlike_written(index)
+
+
+def _is_among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in others)
 
 
 def write_optimizer(folder: Path, state: OptimizerState) -> None:
@@ -116,9 +144,9 @@ def write_optimizer(folder: Path, state: OptimizerState) -> None:
         pending[label] = tensor.contiguous()
         size += tensor.nbytes
         if size >= OPTIMIZER_FILE_BYTES:
-            save_file(pending, _optimizer_file(folder, number))
+            save_tensors(_optimizer_file(folder, number), pending)
             pending, size, number = {}, 0, number + 1
-    save_file(pending, _optimizer_file(folder, number))
+    save_tensors(_optimizer_file(folder, number), pending)
 
 
 def read_optimizer(folder: Path) -> Iterator[tuple[str, str, Tensor]]:

@@ -4,7 +4,6 @@ Temporary on the same file system → write → fsync → read back → link(tem
 `link` is exclusive, so of racing writers the first wins; `rename` would let the last one replace a published file.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -16,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, TryAgainError
+from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
+from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Another file system, one without hard links, too many links, a file of another user.
 NO_LINK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.EPERM}
 TEMPORARY_SUFFIX = ".tmp"
@@ -40,28 +39,7 @@ def make_folder(path: Path) -> None:
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def explained_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, quota or file-size limit into TryAgainError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise TryAgainError(
-                f"{path}: {os.strerror(error.errno or 0)}. Nothing unfinished was published; make room and run the same command again."
-            ) from error
-        raise
+    fsync_path(path.parent)
 
 
 def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable[[Path], None]) -> bool:
@@ -75,10 +53,8 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
         make_folder(final.parent)
         _unfinished.add(temporary)
         try:
-            with open(temporary, "xb") as file:
+            with new_file(temporary) as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
             check(temporary)
             try:
                 os.link(temporary, final)
@@ -86,7 +62,7 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
             except FileExistsError:
                 check(final)
                 won = False
-            fsync_folder(final.parent)
+            fsync_path(final.parent)
             return won
         finally:
             temporary.unlink(missing_ok=True)
@@ -120,7 +96,7 @@ def publish_link(source: Path, final: Path) -> None:
         make_folder(final.parent)
         try:
             os.link(source, final)
-            fsync_folder(final.parent)
+            fsync_path(final.parent)
         except FileExistsError:
             check(final)
         except OSError as error:
@@ -254,15 +230,9 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
         make_folder(final.parent)
         try:
             temporary.mkdir()
-            try:
-                fill(temporary)
-            except Exception:
-                _ask_for_room(temporary)
-                raise
-            for folder, _, names in os.walk(temporary, topdown=False):
-                for name in names:
-                    _fsync_file(Path(folder, name))
-                fsync_folder(Path(folder))
+            fill(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                fsync_path(path)
             try:
                 os.rename(temporary, final)
                 won = True
@@ -270,25 +240,7 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 won = False
-            fsync_folder(final.parent)
+            fsync_path(final.parent)
             return won
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _ask_for_room(folder: Path) -> None:
-    """Raise the disk's own error where it is full: safetensors and torch.save report that in exceptions of their own."""
-    probe = folder / f"room{TEMPORARY_SUFFIX}"
-    with open(probe, "wb") as file:
-        file.write(bytes(1 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-    probe.unlink()
-
-
-def _fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

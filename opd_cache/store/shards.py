@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, StoreError
+from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, OpdCacheError, StoreError
 from opd_cache.run_dir import SCHEMA_VERSION, SEAL, shard_name
+from opd_cache.store.disk import disk_error
 from opd_cache.store.publish import digest_bytes, digest_file, publish_file, publish_json, read_json
 
 FOOTER_KEY = b"opd_cache"
@@ -90,7 +91,10 @@ def read_row_group(file: pq.ParquetFile, path: Path, index: int, columns: list[s
         raise _corrupt(path, error) from error
 
 
-def _corrupt(path: Path, error: Exception | str) -> CorruptShardError:
+def _corrupt(path: Path, error: Exception | str) -> OpdCacheError:
+    """What a file that cannot be read is called: damaged, unless it was the disk that failed."""
+    if isinstance(error, OSError) and (failing := disk_error(error, path)):
+        return failing
     reason = " ".join(str(error).split())[:200]
     return CorruptShardError(
         f"{path}: damaged ({reason}). Move the file and its folder's {SEAL} away and run the stage again."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
-from opd_cache.store.publish import fsync_folder, make_folder
+from opd_cache.store.disk import fsync_path
+from opd_cache.store.publish import make_folder
 from opd_cache.verify.findings import Check, Finding
 from opd_cache.verify.walk import checks_of
 
@@ -100,8 +101,8 @@ def quarantine(verdict: Verdict) -> list[tuple[Path, Path]]:
         target = _free_name(verdict.run.quarantine / path.relative_to(verdict.run.path))
         make_folder(target.parent)
         os.rename(path, target)
-        fsync_folder(target.parent)
-        fsync_folder(path.parent)
+        fsync_path(target.parent)
+        fsync_path(path.parent)
         moved.append((path, target))
     if moved:
         with open(verdict.run.quarantine / "moved.jsonl", "a", encoding="utf-8") as file:

@@ -40,18 +40,6 @@ class Worker:
             os.kill(pid, signal.SIGCONT)
         return [self.wait(pid) for pid in pids]
 
-    def traced(self, work: str, folder: Path, interference: str) -> Ended:
-        """The work under strace, which interferes with its system calls from the first one on."""
-        pid = self.start(work, folder)
-        calls = interference.split(":")[0]
-        command = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={interference}"]
-        with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as tracer:
-            said = tracer.stderr.readline()
-            os.kill(pid, signal.SIGCONT)
-            ended = self.wait(pid)
-        assert "attached" in said, said
-        return ended
-
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=30)

@@ -1,0 +1,87 @@
+"""Runs every fault test and prints a table: what was done to a run, how often, and how it ended.
+
+python tools/fault_table.py            every fault (FAULTS=full): hours on two cores
+python tools/fault_table.py --ci       the set that represents them, as the tests' own run has it
+python tools/fault_table.py --write    docs/fault-table.md too
+Further arguments go to pytest. Exit status 1 when any fault was not survived.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+PAGE = REPOSITORY / "docs" / "fault-table.md"
+# Outcomes of tests/faults/fault_log.py, and their columns.
+COLUMNS = {"survived": "survived", "lost": "data lost", "silent": "silent errors", "failed": "other failures"}
+Table = dict[str, Counter[str]]  # outcomes by row
+
+
+def run_tests(log: Path, is_full: bool, arguments: list[str]) -> int:
+    environment = {**os.environ, "FAULT_LOG": str(log), "FAULTS": "full" if is_full else ""}
+    # Two at a time; the tests of a file share what is expensive to make.
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "tests/faults", *arguments]
+    return subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=sys.stderr).returncode
+
+
+def read_log(log: Path) -> Table:
+    table: Table = {}
+    for path in sorted(log.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            table.setdefault(entry["row"], Counter())[entry["outcome"]] += 1
+    return dict(sorted(table.items()))
+
+
+def markdown(table: Table) -> str:
+    rows = [["fault", "tried", *COLUMNS.values()]]
+    rows += [[name, *_numbers(counts)] for name, counts in table.items()]
+    rows.append(["**all**", *(f"**{number}**" for number in _numbers(_total(table)))])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(COLUMNS) + 1))
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(counts: Counter[str]) -> list[str]:
+    return [f"{number:,}" for number in (counts.total(), *(counts[outcome] for outcome in COLUMNS))]
+
+
+def _total(table: Table) -> Counter[str]:
+    return sum(table.values(), Counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ci", action="store_true", help="only a set that represents all faults")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--write", action="store_true", help=f"also write {PAGE.relative_to(REPOSITORY)}")
+    options, arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        status = run_tests(Path(folder), not options.ci, arguments)
+        table = read_log(Path(folder))
+    text = markdown(table)
+    print(json.dumps({"rows": table, "all": _total(table)}, indent=2) if options.json else text, end="\n")
+    if options.write:
+        PAGE.write_text(_page(text, options.ci), encoding="utf-8")
+    total = _total(table)
+    sys.exit(int(status != 0 or total["survived"] != total.total() or not total))
+
+
+def _page(table: str, is_ci: bool) -> str:
+    command = f"python tools/fault_table.py{' --ci' * is_ci} --write"
+    return f"""# Faults, and how runs survive them
+
+Each fault is done to a real run of tiny models, and judged by `tests/faults/oracle.py`: the exit status and the one line
+are as documented, nothing published has changed, `opd-cache verify` names exactly the damage, and the same command then
+ends with the bytes of an undisturbed run, every row once and no temporary file left. Made by `{command}`.
+
+{table}"""
+
+
+if __name__ == "__main__":
+    main()
