@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -12,11 +13,13 @@ from opd_cache.config import Recipe
 from opd_cache.pipeline import InlineStages, run_episodes
 from opd_cache.quickstart.sort_letters import byte_tokenizer
 from opd_cache.run import Run, open_run
+from opd_cache.schema import STEPS
 from opd_cache.store.publish import read_json, signed_json
 from opd_cache.verify.run import verify_run
 
 # Random tiny models seldom sample the one EOS id; with these, responses have many lengths, one and zero-like included.
 STOP_IDS = [1, *range(60, 90)]
+TIMINGS = {"read_s", "compute_s", "tokens_per_s"}  # columns of steps
 
 
 def tiny_qwen2(seed: int, hidden_size: int = 32, **options: object) -> PreTrainedModel:
@@ -79,3 +82,22 @@ def data_files(run_path: Path) -> dict[str, bytes]:
     names += ["episode=*/policy/*.safetensors", "episode=*/policy/trainer/*.safetensors", "episode=*/learn/plan.json"]
     found = (path for name in names for path in sorted(run_path.glob(name)) if path.suffix != ".tmp")
     return {str(path.relative_to(run_path)): path.read_bytes() for path in found}
+
+
+def differences(found: Path, expected: Path) -> list[str]:
+    """Names of what differs between two runs of one recipe, is in one of them alone, or was learned otherwise."""
+    ours, theirs = ({**data_files(path), **_summaries(path)} for path in (found, expected))
+    files = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    names = {
+        str(path.relative_to(run)) for run in (found, expected) for path in run.glob("episode=*/learn/steps.parquet")
+    }
+    return files + [name for name in sorted(names) if _steps(found / name) != _steps(expected / name)]
+
+
+def _summaries(run_path: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_path)): path.read_bytes() for path in run_path.glob("evals/*/summary.json")}
+
+
+def _steps(path: Path) -> list[dict] | None:
+    columns = [column.name for column in STEPS if column.name not in TIMINGS]
+    return pq.read_table(path, columns=columns).to_pylist() if path.exists() else None
