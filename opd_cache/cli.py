@@ -22,7 +22,8 @@ from opd_cache.commands.query import query
 from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.commands.verify import repair, verify
-from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
+from opd_cache.errors import FirstRankFailedError, OpdCacheError, TryAgainError, error_line
+from opd_cache.shortage import shortage
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
@@ -390,8 +391,13 @@ def main() -> None:
         _stop(
             "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
         )
-    except OSError as error:
-        if debug or error.filename is None:
+    except Exception as error:
+        if debug:
+            raise
+        if (lacking := shortage(error)) is not None:
+            message = f"{lacking}. Nothing unfinished was published; the same command goes on once there is more."
+            _stop(TryAgainError.__name__, message, TryAgainError.exit_status)
+        if not isinstance(error, OSError) or error.filename is None:
             raise
         _stop(type(error).__name__, f"{error.filename}: {error.strerror}.", 2)
     except (KeyboardInterrupt, click.Abort):
