@@ -18,6 +18,7 @@ from opd_cache.fingerprint import fingerprint_model, model_folder, num_embedding
 from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
 from opd_cache.run_dir import COMPLETE, SCHEMA_VERSION, RunDir
 from opd_cache.schema import VOCAB, arrow_schema
+from opd_cache.store.manifest import check_model_files, check_place, read_manifest
 from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
 from opd_cache.store.shards import publish_table, read_row_groups
 
@@ -40,7 +41,7 @@ class Run:
         if version == 0:
             return model_folder(self.recipe.student)
         folder = self.dir.policy_after(version - 1)
-        if not (folder / COMPLETE).exists():
+        if not self.has_policy(version):
             raise MissingInputError(
                 f"{folder}: policy version {version} is not there. Run: opd-cache learn RECIPE --episode {version - 1}"
             )
@@ -60,17 +61,31 @@ class Run:
         teacher = self.recipe.teachers[name]
         if teacher.policy is None:
             return teacher
-        policy = self.policy_config(version if teacher.policy == "current" else int(teacher.policy))
+        policy = self.policy_config(_version_of(teacher.policy, version))
         return TeacherConfig(**asdict(policy), scorer=teacher.scorer, prompt=teacher.prompt)
 
     def has_policy(self, version: int) -> bool:
-        return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
+        """Whether that episode has been learned. Raises CorruptShardError when its policy has lost its manifest."""
+        folder = self.dir.policy_after(version - 1)
+        return version == 0 or (folder.is_dir() and bool(read_manifest(folder)))
 
     def policy_fingerprint(self, version: int) -> str:
-        """Which weights that policy has."""
+        """Which weights that policy has. Raises MismatchError when another policy lies in its place."""
         if version == 0:
             return self.student_fingerprint
-        return str(read_json(self.policy_folder(version) / COMPLETE)["fingerprint"])
+        manifest = read_manifest(self.policy_folder(version))
+        check_place(manifest, self.run_id, version, self.policy_folder(version))
+        return str(manifest["fingerprint"])
+
+    def check_policy(self, version: int) -> None:
+        """Compare every byte that a model of that policy is loaded from with its manifest. Raises CorruptShardError."""
+        if version > 0:
+            check_model_files(self.policy_folder(version))
+
+    def check_teacher_policy(self, name: str, version: int) -> None:
+        """The same for a teacher that is a policy of the run, for what policy `version` sampled."""
+        if (policy := self.recipe.teachers[name].policy) is not None:
+            self.check_policy(_version_of(policy, version))
 
     @property
     def is_replay(self) -> bool:
@@ -91,6 +106,10 @@ class Run:
         return self.dir.steps(episode).exists()
 
 
+def _version_of(policy: str, current: int) -> int:
+    return current if policy == "current" else int(policy)
+
+
 def open_run(recipe: Recipe) -> Run:
     """Open the recipe's run directory, making it on first use.
 
@@ -107,10 +126,6 @@ def open_run(recipe: Recipe) -> Run:
         with _removed_when_empty(run.path):
             _make(recipe, run)
     found = read_json(run.run_json)
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {found.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
     check_same_run(recipe, found, run.run_json)
     if digest_file(run.prompts) != found["prompts"]["sha256"]:
         raise CorruptShardError(

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.fingerprint import model_folder
-from opd_cache.learn.checkpoint import TRAINER, copy_model_files
+from opd_cache.learn.checkpoint import copy_model_files
 from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
 from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.student import Student
 from opd_cache.models import LanguageModel, load_model, load_weights_into
+from opd_cache.run_dir import TRAINER
 
 ADAPTER_FOLDER = "adapter"
 # Tensors of one file are in memory at once while it is written.

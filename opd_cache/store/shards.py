@@ -4,7 +4,9 @@ A shard is immutable and byte-identical whenever the same plan is worked off on 
 what it was made from and nothing of when or where (that is in logs/).
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, StoreError
 from opd_cache.run_dir import SCHEMA_VERSION, SEAL, shard_name
-from opd_cache.store.publish import digest_bytes, digest_file, publish_file, publish_json, read_json
+from opd_cache.store.publish import check_version, digest_bytes, digest_file, publish_file, publish_json, read_json
 
 FOOTER_KEY = b"opd_cache"
 WIDE_LEAVES = (pa.int32(), pa.float32())
@@ -64,12 +66,8 @@ def write_table(file: BinaryIO, schema: pa.Schema, batches: Iterable[pa.RecordBa
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open with page checksums verified on every read. Raises CorruptShardError or MissingInputError."""
-    try:
+    with _explained_read_errors(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{path}: no such file.") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _corrupt(path, error) from error
 
 
 def read_row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -81,9 +79,24 @@ def read_row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa
 
 def read_row_group(file: pq.ParquetFile, path: Path, index: int, columns: list[str] | None = None) -> pa.Table:
     """One row group, checksums verified. Raises CorruptShardError on damage."""
-    try:
+    with _explained_read_errors(path):
         return file.read_row_group(index, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextlib.contextmanager
+def _explained_read_errors(path: Path) -> Iterator[None]:
+    """Tell damage from what keeps us from looking: no right to read it, no memory, too many open files."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{path}: no such file.") from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # what Arrow says of a file's content
+            raise _corrupt(path, error) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _corrupt(path, error) from error
 
 
@@ -105,10 +118,7 @@ def footer_of(file: pq.ParquetFile, path: Path) -> dict[str, Any]:
         raise _corrupt(path, error) from error
     if not isinstance(footer, dict):
         raise _corrupt(path, f"its {FOOTER_KEY.decode()!r} entry is no JSON object")
-    if footer.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{path}: schema version {footer.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
+    check_version(footer.get("schema_version"), path)
     return footer
 
 
@@ -147,7 +157,10 @@ class ShardSet:
 
     def missing(self) -> list[int]:
         """Shards without a file: the resume list and the work list."""
-        present = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
+        present: set[str] = set()
+        if self.folder.is_dir():
+            with os.scandir(self.folder) as entries:
+                present = {entry.name for entry in entries if entry.is_file()}
         return [shard for shard in range(self.num_shards) if shard_name(shard, self.num_shards) not in present]
 
     @property
