@@ -23,7 +23,8 @@ from opd_cache.commands.query import query
 from opd_cache.commands.report import report, serve
 from opd_cache.commands.slurm import cancel, submit
 from opd_cache.commands.verify import repair, verify
-from opd_cache.errors import FirstRankFailedError, OpdCacheError, error_line
+from opd_cache.errors import FirstRankFailedError, OpdCacheError, TryAgainError, error_line
+from opd_cache.shortage import shortage
 from opd_cache.store.disk import disk_error
 
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
@@ -393,12 +394,17 @@ def main() -> None:
             "UsageError", f"{error.format_message()} See: {context.command_path if context else 'opd-cache'} --help", 2
         )
     except Exception as error:
+        if debug:
+            raise
         name = error.filename if isinstance(error, OSError) else None
-        if not debug and (explained := disk_error(error, name or "a file of the run")):
+        if explained := disk_error(error, name or "a file of the run"):
             _stop(type(explained).__name__, str(explained), explained.exit_status)
-        if not debug and isinstance(error, OSError) and name is not None:
-            _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
-        raise
+        if (lacking := shortage(error)) is not None:
+            message = f"{lacking}. Nothing unfinished was published; the same command goes on once there is more."
+            _stop(TryAgainError.__name__, message, TryAgainError.exit_status)
+        if not isinstance(error, OSError) or name is None:
+            raise
+        _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command goes on from what is published.", err=True)
         sys.exit(130)

@@ -4,6 +4,7 @@ The command line prints the line without a traceback and exits with the class's 
 """
 
 import os
+from collections.abc import Iterator
 
 
 def error_line(kind: str, message: str) -> str:
@@ -11,6 +12,13 @@ def error_line(kind: str, message: str) -> str:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     prefix = "" if rank == "0" else f"[rank {rank}] "
     return "\\n".join(f"{prefix}{kind}: {message}".splitlines())
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class OpdCacheError(Exception):

@@ -10,6 +10,8 @@ from typing import Any
 from opd_cache.health.stage import check_stage
 from opd_cache.retention import remove_policies
 from opd_cache.run import Run
+from opd_cache.run_dir import PLAN
+from opd_cache.status import unfinished_stages
 
 # Runs one stage of one episode to its end. For "eval" the number is the policy version.
 Execute = Callable[[str, int], None]
@@ -20,11 +22,18 @@ def run_episodes(run: Run, execute: Execute) -> None:
     if run.recipe.eval.path is not None:
         execute("eval", 0)
     for episode in range(run.recipe.num_episodes):
-        if not run.is_learned(episode):
-            for stage in ("rollout", "score", "learn"):
-                execute(stage, episode)
+        for stage in _stages_to_run(run, episode):
+            execute(stage, episode)
         if run.recipe.eval_is_due(episode + 1):
             execute("eval", episode + 1)
+
+
+def _stages_to_run(run: Run, episode: int) -> list[str]:
+    """All that an episode needs; of a learned one, what `repair` has taken out of it."""
+    if not run.is_learned(episode):
+        return ["rollout", "score", "learn"]
+    has_plan = (run.dir.learn(episode) / PLAN).exists()
+    return unfinished_stages(run.dir.episode(episode)) + ([] if has_plan else ["learn"])
 
 
 class InlineStages:

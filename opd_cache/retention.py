@@ -14,7 +14,8 @@ from pathlib import Path
 from opd_cache.config import KeepPolicies, Recipe
 from opd_cache.run_dir import COMPLETE, REMOVED, SCHEMA_VERSION, SEAL, RunDir
 from opd_cache.status import evaluation_summary
-from opd_cache.store.publish import digest_file, fsync_folder, publish_json, read_json
+from opd_cache.store.disk import fsync_path
+from opd_cache.store.publish import digest_file, publish_json, read_json
 
 log = logging.getLogger(__name__)
 # Read after the weights are gone: by learning's own plan and links, by verify and by queries.
@@ -73,7 +74,7 @@ def _remove(old: OldPolicy, rule: KeepPolicies) -> None:
     for path in old.files:
         path.unlink(missing_ok=True)
     for folder in dict.fromkeys(path.parent for path in old.files):
-        fsync_folder(folder)
+        fsync_path(folder)
         if folder != old.folder and not any(folder.iterdir()):
             folder.rmdir()
 

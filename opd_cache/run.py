@@ -19,6 +19,7 @@ from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
 from opd_cache.run_dir import COMPLETE, REMOVED, SCHEMA_VERSION, RunDir
 from opd_cache.schema import VOCAB, arrow_schema
 from opd_cache.store.disk import disk_error
+from opd_cache.store.manifest import check_model_files, check_place, read_manifest
 from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
 from opd_cache.store.shards import publish_table, read_row_groups
 
@@ -42,7 +43,7 @@ class Run:
         if version == 0:
             return model_folder(self.recipe.student)
         folder = self.dir.policy_after(version - 1)
-        if not (folder / COMPLETE).exists():
+        if not self.has_policy(version):
             raise MissingInputError(
                 f"{folder}: policy version {version} is not there. Run: opd-cache learn RECIPE --episode {version - 1}"
             )
@@ -66,24 +67,40 @@ class Run:
         teacher = self.recipe.teachers[name]
         if teacher.policy is None:
             return teacher
-        policy = self.policy_config(version if teacher.policy == "current" else int(teacher.policy))
+        policy = self.policy_config(_version_of(teacher.policy, version))
         return TeacherConfig(**asdict(policy), scorer=teacher.scorer, prompt=teacher.prompt)
 
     def has_policy(self, version: int) -> bool:
-        """Whether that policy has been learned; it may have been removed since."""
-        return version == 0 or (self.dir.policy_after(version - 1) / COMPLETE).exists()
+        """Whether that policy has been learned; it may have been removed since. Raises CorruptShardError when it has lost
+        its manifest."""
+        folder = self.dir.policy_after(version - 1)
+        return version == 0 or (folder.is_dir() and bool(read_manifest(folder)))
 
     def policy_fingerprint(self, version: int) -> str:
-        """Which weights that policy has, or had. Raises MissingInputError when that episode has not been learned."""
+        """Which weights that policy has, or had. Raises MissingInputError when that episode has not been learned,
+        MismatchError when another policy lies in its place."""
         if version == 0:
             return self.student_fingerprint
         if not self.has_policy(version):
             self.policy_folder(version)
-        return str(read_json(self.dir.policy_after(version - 1) / COMPLETE)["fingerprint"])
+        folder = self.dir.policy_after(version - 1)
+        manifest = read_manifest(folder)
+        check_place(manifest, self.run_id, version, folder)
+        return str(manifest["fingerprint"])
 
     def is_removed(self, version: int) -> bool:
         """Whether that policy was there, and learn.keep_policies has removed it."""
         return version > 0 and (self.dir.policy_after(version - 1) / REMOVED).exists()
+
+    def check_policy(self, version: int) -> None:
+        """Compare every byte that a model of that policy is loaded from with its manifest. Raises CorruptShardError."""
+        if version > 0:
+            check_model_files(self.policy_folder(version))
+
+    def check_teacher_policy(self, name: str, version: int) -> None:
+        """The same for a teacher that is a policy of the run, for what policy `version` sampled."""
+        if (policy := self.recipe.teachers[name].policy) is not None:
+            self.check_policy(_version_of(policy, version))
 
     @property
     def is_replay(self) -> bool:
@@ -104,6 +121,10 @@ class Run:
         return self.dir.steps(episode).exists()
 
 
+def _version_of(policy: str, current: int) -> int:
+    return current if policy == "current" else int(policy)
+
+
 def open_run(recipe: Recipe) -> Run:
     """Open the recipe's run directory, making it on first use.
 
@@ -120,10 +141,6 @@ def open_run(recipe: Recipe) -> Run:
         with _removed_when_empty(run.path):
             _make(recipe, run)
     found = read_json(run.run_json)
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {found.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
     check_same_run(recipe, found, run.run_json)
     if digest_file(run.prompts) != found["prompts"]["sha256"]:
         raise CorruptShardError(

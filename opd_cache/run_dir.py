@@ -26,7 +26,8 @@ REMOVED = "_REMOVED.json"  # beside it, where learn.keep_policies has removed th
 PLAN = "plan.json"
 RESULTS, SUMMARY = "results.parquet", "summary.json"  # of an evaluation
 FAILED_SHARD = ".failed.json"  # ends the name of a note, under logs/, on why there is no such shard
-CANARY = "trainer/canary.json"  # inside a policy: a sequence and its log-probs, for whoever loads the policy
+TRAINER = "trainer"  # inside a policy or checkpoint: what learning goes on from
+CANARY = f"{TRAINER}/canary.json"  # inside a policy: a sequence and its log-probs, for whoever loads the policy
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -42,6 +43,11 @@ class RolloutSet:
     label: str  # for people: "episode 3"
     log_name: str  # folder under logs/STAGE
     prompts: Path  # the file whose rows are the plan's prompts
+
+    @property
+    def scope(self) -> str:
+        """First part of its rollout ids: the episode, or `policy=4-sampled`."""
+        return self.log_name.removeprefix("episode=").removeprefix("eval-")
 
     @property
     def plan(self) -> Path:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, REMOVED, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
+from opd_cache.errors import MissingInputError
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, REMOVED, SEAL, SUMMARY, RolloutSet, RunDir, shard_name
 from opd_cache.store.publish import read_json, read_plain_json
 
 STAGES = ("rollout", "score", "learn", "eval")
@@ -55,12 +55,7 @@ def read_identity(run: RunDir) -> dict[str, Any]:
         raise MissingInputError(
             f"{run.path}: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={run.path}"
         )
-    identity = read_json(run.run_json)
-    if identity.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {identity.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
-    return identity
+    return read_json(run.run_json)
 
 
 def _episode(run: RunDir, episode: int) -> dict[str, Any]:
@@ -85,7 +80,8 @@ def _episode(run: RunDir, episode: int) -> dict[str, Any]:
 
 def _stage(folder: Path, shards: int) -> dict[str, Any]:
     sealed = read_json(folder / SEAL) if (folder / SEAL).exists() else {}
-    done = len(list(folder.glob("shard-*.parquet"))) if folder.is_dir() else 0
+    planned = {shard_name(shard, shards) for shard in range(shards)}
+    done = len(planned & {path.name for path in folder.iterdir()}) if folder.is_dir() else 0
     return {
         "shards": shards,
         "done": done,
@@ -125,6 +121,20 @@ def scored_parts(target: RolloutSet, teacher: str) -> list[int]:
         horizon = read_json(path).get("horizon")
         following = horizon if horizon is None or horizon > following else None
     return parts
+
+
+def unfinished_stages(target: RolloutSet) -> list[str]:
+    """Of rollout and score those that were begun and are not sealed: not done yet, or taken out by `repair`."""
+    begun = {"rollout": [target.rollouts], "score": sorted(target.path.glob("scores/teacher=*"))}
+    plans = {"rollout": target.plan}
+    return [
+        stage
+        for stage, folders in begun.items()
+        if any(
+            folder.is_dir() and not (plans.get(stage, folder / PLAN).exists() and (folder / SEAL).exists())
+            for folder in folders
+        )
+    ]
 
 
 def score_folders(target: RolloutSet) -> list[Path]:

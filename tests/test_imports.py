@@ -52,6 +52,7 @@ LIGHT = (
     "run.py",
     "run_dir.py",
     "schema.py",
+    "shortage.py",
     "stage.py",
     "stall.py",
     "status.py",

@@ -97,7 +97,7 @@ def repair(
             click.echo(f"moved {verdict.name(path)} to {verdict.name(target)}")
         for again in dict.fromkeys(again for found in verdict.findings for again in found.again):
             click.echo(f"make it anew: {again}")
-    if lost := [found for found in verdict.findings if not found.moves]:
+    if lost := [found for found in verdict.findings if not (found.moves or found.again)]:
         raise CorruptShardError(f"{lost[0].problem}. Nothing makes it anew: put it back from a copy.")
 
 

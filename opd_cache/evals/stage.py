@@ -25,6 +25,7 @@ from opd_cache.run_dir import RESULTS, SCHEMA_VERSION, SUMMARY, RolloutSet
 from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.score.scores import Scorer
 from opd_cache.score.stage import score_rollouts
+from opd_cache.status import unfinished_stages
 from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import (
     RolloutPlan,
@@ -79,11 +80,16 @@ def _evaluate(
     about = _about(run, subject, fingerprint_model(model_folder(model)))
     if (folder / SUMMARY).exists():
         _check_about(run, subject, folder / SUMMARY, read_json(folder / SUMMARY), about)
+    has_results = (folder / RESULTS).exists()
+    is_whole = not any(unfinished_stages(run.dir.evaluation_set(subject, mode)) for mode in (GREEDY, SAMPLED))
+    if is_whole and (folder / SUMMARY).exists() and has_results:
         return
     start = time.monotonic()
-    if not (folder / RESULTS).exists():
+    if not (is_whole and has_results):
+        run.check_policy(max(version, 0))  # a teacher has version -1
         rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
-        _publish_results(run, folder, rows, about)
+        if not has_results:
+            _publish_results(run, folder, rows, about)
     _publish_summary(run, subject, about)
     seconds = round(time.monotonic() - start, 4)
     write_note(

@@ -3,20 +3,29 @@
 An episode's last one is its policy/. The manifest _COMPLETE.json lists every file with its digest.
 """
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_cache.errors import CorruptShardError, MismatchError
+from opd_cache.errors import MismatchError
 from opd_cache.fingerprint import fingerprint_model
-from opd_cache.run_dir import COMPLETE
+from opd_cache.run_dir import COMPLETE, TRAINER
 from opd_cache.store.disk import write_whole
-from opd_cache.store.publish import digest_file, publish_folder, read_json, read_plain_json, signed_json
+from opd_cache.store.manifest import check_files, read_manifest
+from opd_cache.store.publish import (
+    digest_file,
+    publish_folder,
+    read_json,
+    read_plain_json,
+    signed_json,
+    temporary_beside,
+)
 
-TRAINER = "trainer"
 STATE = "state.json"
 STEPS = "steps.parquet"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -32,7 +41,10 @@ class TrainerState:
 
 
 def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path], None]) -> bool:
-    """Publish a checkpoint folder that `fill` writes; False when another process was first."""
+    """Publish a checkpoint folder that `fill` writes; False when another process was first.
+
+    Raises CorruptShardError when what was there first is no checkpoint.
+    """
 
     def whole(folder: Path) -> None:
         fill(folder)
@@ -42,7 +54,12 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
         content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
         write_whole(folder / COMPLETE, signed_json(content))
 
-    return publish_folder(final, whole)
+    won = publish_folder(final, whole)
+    if not won:
+        with contextlib.suppress(FileNotFoundError):  # its owner may have removed the checkpoint again
+            if COMPLETE not in os.listdir(final):
+                read_manifest(final)
+    return won
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
@@ -52,20 +69,9 @@ def write_state(folder: Path, state: TrainerState) -> None:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The state in a checkpoint or policy of this run."""
+    """The state in a checkpoint or policy of this run. Raises CorruptShardError."""
+    check_files(folder, lambda name: name == f"{TRAINER}/{STATE}")
     return TrainerState(**read_plain_json(folder / TRAINER / STATE))
-
-
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was compared with it. Raises CorruptShardError."""
-    manifest = read_json(folder / COMPLETE)
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or digest_file(path) != digest:
-            raise CorruptShardError(
-                f"{path}: {'changed' if path.is_file() else 'missing'} since the checkpoint was published. Move {folder} away and run the stage again."
-            )
-    return manifest
 
 
 def latest_checkpoint(learn_folder: Path, plan_digest: str) -> Path | None:
@@ -87,9 +93,11 @@ def remove_checkpoints(learn_folder: Path, keep_last: int = 0, keep_every: int |
     found = sorted(learn_folder.glob("checkpoint-*"))
     for folder in found[: len(found) - keep_last]:
         if keep_every is None or int(folder.name.rpartition("-")[2]) % keep_every:
-            # The manifest goes first: what is half removed is no checkpoint any more.
-            (folder / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            # Under its own name a checkpoint is whole, while it is being removed too.
+            leaving = temporary_beside(folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
 
 
 def copy_model_files(source: Path, target: Path, existing: Sequence[str]) -> None:

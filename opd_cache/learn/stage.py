@@ -11,17 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from opd_cache import registry
-from opd_cache.errors import FirstRankFailedError, TryAgainError
+from opd_cache.errors import FirstRankFailedError, StoreError, TryAgainError
 from opd_cache.learn.batch import global_batches, micro_batches, scored_tokens
 from opd_cache.learn.checkpoint import (
     STEPS,
-    TRAINER,
     TrainerState,
     latest_checkpoint,
     publish_checkpoint,
     read_state,
     remove_checkpoints,
-    verify_checkpoint,
     write_state,
 )
 from opd_cache.learn.engine import Engine
@@ -38,13 +36,14 @@ from opd_cache.logs import StageProgress, short
 from opd_cache.models import explained_memory_errors
 from opd_cache.notes import write_note
 from opd_cache.run import Run
-from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION
+from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION, TRAINER
 from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stall import note_progress, phase
 from opd_cache.stop import StopRequest, noted_signals
 from opd_cache.store.disk import new_file, write_whole
 from opd_cache.store.join import Joined
+from opd_cache.store.manifest import check_files
 from opd_cache.store.publish import publish_json, publish_link
 from opd_cache.store.shards import write_table
 
@@ -123,14 +122,18 @@ def _open_lesson(run: Run, episode: int) -> Lesson | None:
 
 def _where_to_start(run: Run, episode: int, plan: LearnPlan, plan_digest: str) -> tuple[Path, TrainerState]:
     """The newest checkpoint inside the episode, else the policy before it, verified; and where learning stands there."""
-    checkpoint = latest_checkpoint(run.dir.learn(episode), plan_digest)
-    if checkpoint is not None:
-        verify_checkpoint(checkpoint)
-        state = read_state(checkpoint)
+    while (checkpoint := latest_checkpoint(run.dir.learn(episode), plan_digest)) is not None:
+        try:
+            check_files(checkpoint)
+            state = read_state(checkpoint)
+        except StoreError:
+            if checkpoint.exists():
+                raise
+            continue  # another learner of the same episode was further, and has removed it
         log.info("learn   episode %d goes on after %d of %d steps", episode, len(state.steps), plan.num_steps)
         return checkpoint, state
     if episode > 0:
-        verify_checkpoint(run.policy_folder(episode))
+        check_files(run.policy_folder(episode))
     return run.policy_folder(episode), TrainerState(plan.first_step, 0, [])
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.fingerprint import model_folder
-from opd_cache.learn.checkpoint import TRAINER, copy_model_files
+from opd_cache.learn.checkpoint import copy_model_files
 from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
 from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.student import Student
 from opd_cache.learn.tensor_files import FORMAT, check_tensors, save_tensors
 from opd_cache.models import LanguageModel, load_model, load_weights_into
+from opd_cache.run_dir import TRAINER
 from opd_cache.store.disk import unlike_written, write_whole
 from opd_cache.store.publish import read_plain_json
 

@@ -62,6 +62,7 @@ def rollout_episode(run: Run, episode: int, sampler: Sampler, share: Share = EVE
     publish_rollout_plan(target, plan, f"Set it back, or move {target.path} away to sample the episode again.")
 
     def load() -> None:
+        run.check_policy(version)
         sampler.load_policy(run.policy_config(version))
 
     return sample_shards(run, target, plan, run.dir.prompts, sampler, load, share, reward)

@@ -110,6 +110,7 @@ def score_rollouts(
         with phase(f"loading teacher {teacher}"):
             check_same_vocabulary(read_vocabulary(run.dir), config, teacher)
             _warn_of_other_eos(plan, teacher, config)
+            run.check_teacher_policy(teacher, plan.policy_version)
             scorer.load()
 
     def make(shard: int, progress: StageProgress, figures: Figures) -> Iterator[pa.RecordBatch]:

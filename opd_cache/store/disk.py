@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from opd_cache.errors import DiskError, OpdCacheError, TryAgainError
+from opd_cache.errors import DiskError, OpdCacheError, TryAgainError, causes
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A file server that has lost a handle gives a new one to whoever opens the file again.
@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 def disk_error(error: BaseException, path: Path | str) -> OpdCacheError | None:
     """What a failing disk is called: TryAgainError where the same command may succeed later, else DiskError; None for
     what is no fault of a disk."""
-    number = next((number for one in _chain(error) for number in _numbers(one)), 0)
+    number = next((number for one in causes(error) for number in _numbers(one)), 0)
     said = f"{path}: {os.strerror(number)}. {UNPUBLISHED}"
     if number in NO_SPACE:
         return TryAgainError(f"{said}; make room and run the same command again.")
@@ -34,12 +34,6 @@ def disk_error(error: BaseException, path: Path | str) -> OpdCacheError | None:
     if number in FAILING:
         return DiskError(f"{said}; see to the disk and run the same command again.")
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _numbers(error: BaseException) -> Iterator[int]:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ def dead_temporaries(folder: Path, min_age_s: float) -> Iterator[tuple[Path, int
 
     A process of this machine is gone when its pid is; of another one, when it has not written for min_age_s.
     """
+    now = _file_system_time(folder)
     for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(parent, name)
-            if TEMPORARY.fullmatch(name) and _is_dead(path, min_age_s):
+            if TEMPORARY.fullmatch(name) and _is_dead(path, now - min_age_s):
                 yield path, _size(path)
         folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
 
@@ -35,11 +37,20 @@ def remove_temporary(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_dead(path: Path, min_age_s: float) -> bool:
+def _file_system_time(folder: Path) -> float:
+    """Now, by the clock that dates the folder's files: this machine's may be an hour ahead of it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # where nothing can be written, nothing will be removed
+        return time.time()
+
+
+def _is_dead(path: Path, oldest: float) -> bool:
     made_by, pid, _ = path.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 2)
     if made_by.endswith(f".{socket.gethostname()}") and Path("/proc/self").exists():
         return not Path(f"/proc/{pid}").exists()
-    return time.time() - max((entry.stat().st_mtime for entry in _entries(path)), default=0.0) >= min_age_s
+    return max((entry.stat().st_mtime for entry in _entries(path)), default=0.0) <= oldest
 
 
 def _size(path: Path) -> int:

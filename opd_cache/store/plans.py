@@ -76,15 +76,19 @@ def publish_rollout_plan(target: RolloutSet, plan: RolloutPlan, remedy: str) -> 
 
 
 def load_rollout_plan(target: RolloutSet) -> RolloutPlan:
-    """The published plan. Raises MissingInputError, CorruptShardError, MismatchError (another schema version)."""
+    """The published plan. Raises MissingInputError, CorruptShardError, MismatchError (another schema
+    version, or the plan of another episode)."""
     content = read_json(target.plan)
-    version = content.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise MismatchError(f"{target.plan}: schema version {version}, this opd-cache reads {SCHEMA_VERSION}.")
+    content.pop("schema_version", None)
     try:
-        return RolloutPlan(**{**content, "sampling": SamplingPlan(**content["sampling"])})
+        plan = RolloutPlan(**{**content, "sampling": SamplingPlan(**content["sampling"])})
     except (TypeError, KeyError) as error:
         raise CorruptShardError(f"{target.plan}: not a plan ({error}).") from error
+    if plan.scope != target.scope:
+        raise MismatchError(
+            f"{target.plan}: the plan of {plan.scope!r}, expected that of {target.scope!r}. Move the file away and run: {stage_command('rollout', target)}"
+        )
+    return plan
 
 
 def rollout_shards(target: RolloutSet, plan: RolloutPlan) -> ShardSet:
@@ -145,9 +149,18 @@ def first_token_to_score(target: RolloutSet, teacher: str, horizon: int | None) 
 
 
 def score_shards(target: RolloutSet, plan: RolloutPlan, teacher: str, first_token: int = 0) -> ShardSet:
-    """The score shards of one teacher from this token on, as their published plan describes them."""
+    """The score shards of one teacher from this token on, as their published plan describes them.
+
+    Raises MissingInputError, CorruptShardError, MismatchError (the plan of another teacher or episode).
+    """
     path = target.scores(teacher, first_token) / PLAN
     content = read_json(path)
+    place = {"run_id": plan.run_id, "scope": plan.scope, "teacher": teacher, "first_token": first_token or None}
+    for key, wanted in place.items():
+        if (found := content.get(key)) != wanted:
+            raise MismatchError(
+                f"{path}: made for {key} = {found!r}, expected {wanted!r}: it belongs elsewhere. Move {path.parent} away and run: {stage_command('score', target, teacher)}"
+            )
     about = {
         "run_id": plan.run_id,
         "stage": "score",

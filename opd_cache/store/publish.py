@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
+from opd_cache.run_dir import SCHEMA_VERSION
 from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file
 
 # Another file system, one without hard links, too many links, a file of another user.
@@ -188,14 +189,24 @@ def _short(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A published JSON object, its digest checked and left out. Raises MissingInputError or CorruptShardError."""
+    """A published JSON object, its digest checked and left out. Raises MissingInputError, CorruptShardError,
+    MismatchError (of another schema version)."""
     data, content = _json_object(path)
     content.pop(DIGEST, None)
     if signed_json(content) != data:
         raise CorruptShardError(
             f"{path}: damaged or edited, its {DIGEST} does not fit. Move the file away and run the stage again."
         )
+    check_version(content.get("schema_version", SCHEMA_VERSION), path)
     return content
+
+
+def check_version(found: Any, path: Path) -> None:
+    """Refuse what another version of opd-cache wrote. Raises MismatchError."""
+    if found != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{path}: schema version {found}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
+        )
 
 
 def read_plain_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@ A shard is immutable and byte-identical whenever the same plan is worked off on 
 what it was made from and nothing of when or where (that is in logs/).
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, OpdCacheError, StoreError
+from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, StoreError
 from opd_cache.run_dir import SCHEMA_VERSION, SEAL, shard_name
 from opd_cache.store.disk import disk_error
-from opd_cache.store.publish import digest_bytes, digest_file, publish_file, publish_json, read_json
+from opd_cache.store.publish import check_version, digest_bytes, digest_file, publish_file, publish_json, read_json
 
 FOOTER_KEY = b"opd_cache"
 WIDE_LEAVES = (pa.int32(), pa.float32())
@@ -68,12 +70,8 @@ def open_parquet(path: Path, data: bytes | None = None) -> pq.ParquetFile:
 
     Raises CorruptShardError or MissingInputError.
     """
-    try:
+    with _explained_read_errors(path):
         return pq.ParquetFile(path if data is None else pa.BufferReader(data), page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{path}: no such file.") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _corrupt(path, error) from error
 
 
 def read_row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -85,16 +83,30 @@ def read_row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa
 
 def read_row_group(file: pq.ParquetFile, path: Path, index: int, columns: list[str] | None = None) -> pa.Table:
     """One row group, checksums verified. Raises CorruptShardError on damage."""
-    try:
+    with _explained_read_errors(path):
         return file.read_row_group(index, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextlib.contextmanager
+def _explained_read_errors(path: Path) -> Iterator[None]:
+    """Tell damage from what keeps us from looking: no right to read it, no memory, too many open files."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{path}: no such file.") from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        if failing := disk_error(error, path):
+            raise failing from error
+        if error.errno is None:  # what Arrow says of a file's content
+            raise _corrupt(path, error) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _corrupt(path, error) from error
 
 
-def _corrupt(path: Path, error: Exception | str) -> OpdCacheError:
-    """What a file that cannot be read is called: damaged, unless it was the disk that failed."""
-    if isinstance(error, OSError) and (failing := disk_error(error, path)):
-        return failing
+def _corrupt(path: Path, error: Exception | str) -> CorruptShardError:
     reason = " ".join(str(error).split())[:200]
     return CorruptShardError(
         f"{path}: damaged ({reason}). Move the file and its folder's {SEAL} away and run the stage again."
@@ -112,10 +124,7 @@ def footer_of(file: pq.ParquetFile, path: Path) -> dict[str, Any]:
         raise _corrupt(path, error) from error
     if not isinstance(footer, dict):
         raise _corrupt(path, f"its {FOOTER_KEY.decode()!r} entry is no JSON object")
-    if footer.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{path}: schema version {footer.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
+    check_version(footer.get("schema_version"), path)
     return footer
 
 
@@ -154,7 +163,10 @@ class ShardSet:
 
     def missing(self) -> list[int]:
         """Shards without a file: the resume list and the work list."""
-        present = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
+        present: set[str] = set()
+        if self.folder.is_dir():
+            with os.scandir(self.folder) as entries:
+                present = {entry.name for entry in entries if entry.is_file()}
         return [shard for shard in range(self.num_shards) if shard_name(shard, self.num_shards) not in present]
 
     @property

@@ -24,7 +24,7 @@ from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards
 from opd_cache.store.publish import digest_file, read_json
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import Float32Array, Int32Array, Score, derive_seed
-from opd_cache.verify.findings import Finding
+from opd_cache.verify.checks import Finding
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIXTEEN_BITS = "another engine"  # has no tolerance of its own, so that it gets that of 16 bits

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
 from opd_cache.store.disk import fsync_path
 from opd_cache.store.publish import make_folder
-from opd_cache.verify.findings import Check, Finding
+from opd_cache.verify.checks import Check, Finding
 from opd_cache.verify.walk import checks_of
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def quarantine(verdict: Verdict) -> list[tuple[Path, Path]]:
     deleted; the stages' own commands then make it anew."""
     moved = []
     for path in _outermost({path for found in verdict.findings for path in found.moves}):
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         target = _free_name(verdict.run.quarantine / path.relative_to(verdict.run.path))
         make_folder(target.parent)
@@ -118,5 +119,5 @@ def _outermost(paths: set[Path]) -> Sequence[Path]:
 
 
 def _free_name(path: Path) -> Path:
-    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 1_000_000)))
-    return next(name for name in names if not os.path.lexists(name))
+    others = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return next(name for name in chain([path], others) if not os.path.lexists(name))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import FLIP_SMALL, FLIP_WEIGHTS
+from fault_log import FaultLog
 from helpers import data_files, run_command
 
 from opd_cache.config import Recipe
@@ -50,15 +52,16 @@ def test_a_whole_run_is_clean_and_every_data_file_is_read(finished_run: Run) -> 
     ],
 )  # fmt: skip
 def test_a_flipped_bit_is_found_and_its_file_made_anew(
-    copied: Path, finished_run: Run, make_recipe: Callable[..., Recipe], name: str
+    faults: FaultLog, copied: Path, finished_run: Run, make_recipe: Callable[..., Recipe], name: str
 ) -> None:
-    flip(copied / name, 0.4)
-    verdict = verify_run(copied)
-    assert name in [named for found in verdict.to_dict()["findings"] for named in (found["file"], *found["moves"])]
-    mend(copied, verdict, make_recipe)
-    assert data_files(copied) == data_files(finished_run.dir.path)
-    assert verify_run(copied).findings == []
-    assert (copied / "quarantine/moved.jsonl").exists()
+    with faults.trial(FLIP_WEIGHTS if name.endswith(".safetensors") else FLIP_SMALL, f"repair: {name}"):
+        flip(copied / name, 0.4)
+        verdict = verify_run(copied)
+        assert name in [named for found in verdict.to_dict()["findings"] for named in (found["file"], *found["moves"])]
+        mend(copied, verdict, make_recipe)
+        assert data_files(copied) == data_files(finished_run.dir.path)
+        assert verify_run(copied).findings == []
+        assert (copied / "quarantine/moved.jsonl").exists()
 
 
 def mend(path: Path, verdict: Verdict, make_recipe: Callable[..., Recipe]) -> None:

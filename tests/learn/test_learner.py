@@ -16,7 +16,6 @@ from helpers import complete, save_model, tiny_qwen2
 from opd_cache.config import ModelConfig, Recipe, ScoreConfig, TeacherConfig
 from opd_cache.errors import DivergedError, MismatchError
 from opd_cache.learn.batch import MicroBatch, micro_batches, rows_to_learn
-from opd_cache.learn.checkpoint import verify_checkpoint
 from opd_cache.learn.engines.torch import TorchEngine
 from opd_cache.learn.losses import TokenLogprobs, TokenLoss, resolve_loss
 from opd_cache.learn.objective import Objective, StepFacts
@@ -30,6 +29,7 @@ from opd_cache.schema import STEPS
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scores import ScoreRequest
 from opd_cache.store.join import Joined, join_stages
+from opd_cache.store.manifest import check_files
 from opd_cache.store.plans import load_rollout_plan, rollout_shards, score_shards
 
 
@@ -249,7 +249,7 @@ def test_a_policy_is_a_plain_hugging_face_folder_with_a_whole_manifest(finished_
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished_run.policy_folder(2)
-    assert verify_checkpoint(folder)["policy_version"] == 2
+    assert check_files(folder)["policy_version"] == 2
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.generation_config.eos_token_id == 1
     assert AutoTokenizer.from_pretrained(folder).decode([67, 68, 69]) == AutoTokenizer.from_pretrained(

@@ -1,14 +1,12 @@
 """A file or folder under its final name is whole and never changes."""
 
 import gc
-import os
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 from store_helpers import file_names, make_rollouts, rollout_set
-from worker_client import Worker
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
 from opd_cache.store.publish import digest_file, publish_file, publish_folder, publish_json, read_json
@@ -198,31 +196,3 @@ def test_exception_while_filling_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         publish_folder(tmp_path / "policy", fill)
     assert file_names(tmp_path) == []
-
-
-@pytest.mark.parametrize(("num_processes", "rounds"), [(2, 15), (8, 6)])
-@pytest.mark.parametrize("work", ["publish_own_file", "publish_own_folder", "publish_own_shard"])
-def test_of_racing_writers_one_wins_and_its_bytes_stay(worker: Worker, tmp_path, work, num_processes, rounds):
-    for attempt in range(rounds):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        ended = worker.race(work, folder, num_processes)
-        assert {status for status, _ in ended} == {0}, ended
-        assert sorted(said for _, said in ended) == ["false"] * (num_processes - 1) + ["true"]
-        assert_one_whole_result(work, folder)
-
-
-def assert_one_whole_result(work: str, folder: Path) -> None:
-    if work == "publish_own_file":
-        lines = (folder / "file").read_bytes().splitlines()
-        assert len(lines) == 20_000
-        assert len(set(lines)) == 1
-        assert file_names(folder) == ["file"]
-    elif work == "publish_own_folder":
-        assert (folder / "folder" / "a").read_text() == (folder / "folder" / "b").read_text()
-        assert file_names(folder) == ["folder"]
-    else:
-        shards = rollout_set(folder)
-        with shards.open(0) as file:
-            assert file.read().num_rows == 20
-        assert file_names(shards.folder) == [os.path.basename(shards.path(0))]

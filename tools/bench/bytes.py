@@ -78,7 +78,9 @@ def measure(path: Path) -> dict[str, Any]:
     for name, column in columns.items():
         per = teacher_tokens if name.startswith(scores) else tokens
         entropy = column.entropy_bytes() / per if column.planes.any() else None
-        rows.append({"column": name, "bytes": column.size_bytes / per, "entropy": entropy, "values": column.num_values / per})
+        rows.append(
+            {"column": name, "bytes": column.size_bytes / per, "entropy": entropy, "values": column.num_values / per}
+        )
     found = {row["column"]: row["bytes"] for row in rows}
     parts = {part: sum(found.get(name, 0.0) for name in names) for part, names in PARTS.items()}
     return {"run": str(path), "tokens": tokens, "columns": rows, "parts": parts}
@@ -94,7 +96,9 @@ def main() -> None:
         print(json.dumps(found))
         return
     for row in found:
-        print(f"\n{row['run']}: {row['tokens']} response tokens\n\n| column | values | bytes | entropy |\n|---|---|---|---|")
+        print(
+            f"\n{row['run']}: {row['tokens']} response tokens\n\n| column | values | bytes | entropy |\n|---|---|---|---|"
+        )
         for column in sorted(row["columns"], key=lambda column: -column["bytes"]):
             entropy = "" if column["entropy"] is None else f"{column['entropy']:.2f}"
             print(f"| {column['column']} | {column['values']:.2f} | {column['bytes']:.2f} | {entropy} |")
