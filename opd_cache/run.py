@@ -107,10 +107,6 @@ def open_run(recipe: Recipe) -> Run:
         with _removed_when_empty(run.path):
             _make(recipe, run)
     found = read_json(run.run_json)
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {found.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
     check_same_run(recipe, found, run.run_json)
     if digest_file(run.prompts) != found["prompts"]["sha256"]:
         raise CorruptShardError(

@@ -1,11 +1,10 @@
 """What a run has so far, read from its files alone: no torch, no Parquet."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from opd_cache.errors import MismatchError, MissingInputError
-from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SCHEMA_VERSION, SEAL, SUMMARY, RolloutSet, RunDir
+from opd_cache.errors import MissingInputError
+from opd_cache.run_dir import COMPLETE, FAILED_SHARD, PLAN, SEAL, SUMMARY, RolloutSet, RunDir
 from opd_cache.store.publish import read_json, read_plain_json
 
 STAGES = ("rollout", "score", "learn", "eval")
@@ -55,12 +54,7 @@ def read_identity(run: RunDir) -> dict[str, Any]:
         raise MissingInputError(
             f"{run.path}: no run.json; this is no run directory. Start one: opd-cache run RECIPE run_dir={run.path}"
         )
-    identity = read_json(run.run_json)
-    if identity.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{run.run_json}: schema version {identity.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
-    return identity
+    return read_json(run.run_json)
 
 
 def _episode(run: RunDir, episode: int) -> dict[str, Any]:
@@ -135,7 +129,7 @@ def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
     folder = run.path / "logs" / stage
     # An evaluation's note covers its own rollouts and scores, whose notes lie under eval-*.
     return [
-        json.loads(path.read_text())
+        read_plain_json(path)
         for path in sorted(folder.glob("*/*.json"))
         if not path.parent.name.startswith("eval-") and not path.name.endswith(FAILED_SHARD)
     ]
@@ -143,7 +137,7 @@ def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def failed_shards(run: RunDir) -> list[dict[str, Any]]:
     """What failed for good and has not been made since, with the error that each met last."""
-    notes = [json.loads(path.read_text()) for path in sorted(run.logs.glob(f"*/*/*{FAILED_SHARD}"))]
+    notes = [read_plain_json(path) for path in sorted(run.logs.glob(f"*/*/*{FAILED_SHARD}"))]
     return [
         note
         for note in notes

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from opd_cache.errors import CorruptShardError
+from opd_cache.errors import CorruptShardError, visible
 
 if TYPE_CHECKING:
     from opd_cache.verify.run import Verdict
@@ -69,7 +69,7 @@ def repair(run_dir: Path, dry_run: bool, as_json: bool) -> None:
 
 def _print(verdict: "Verdict") -> None:
     for found in verdict.findings:
-        click.echo(f"{verdict.name(found.file)}: {found.problem.removeprefix(str(found.file)).lstrip(': ')}")
+        click.echo(visible(f"{verdict.name(found.file)}: {found.problem.removeprefix(str(found.file)).lstrip(': ')}"))
     rate = verdict.bytes / max(verdict.seconds, 1e-9) / 1e6
     what = f"{len(verdict.findings)} findings" if verdict.findings else "clean"
     click.echo(

@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from opd_cache.config.values import NO_TEXT
 from opd_cache.errors import ConfigError
 from opd_cache.limits import DEFAULT_LIMITS, DEFAULT_MEMORY, Limits
 from opd_cache.run_dir import RunDir
@@ -202,6 +203,8 @@ def database_of_views(run_path: str | Path, partial: bool = False) -> Iterator[t
 
 def _checked_select(connection: Connection, sql: str) -> set[str]:
     """The names of the tables of one statement that only reads. Raises ConfigError on any other."""
+    if NO_TEXT.search(sql):
+        raise ConfigError("the query holds what is no UTF-8 text.")
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")

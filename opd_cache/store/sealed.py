@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError
-from opd_cache.run_dir import PLAN, SCHEMA_VERSION, SEAL, RolloutSet, RunDir, shard_name
+from opd_cache.run_dir import PLAN, SEAL, RolloutSet, RunDir, shard_name
 from opd_cache.status import asked_teachers, evaluated_subjects, read_identity, scored_parts
 from opd_cache.store.publish import digest_file, read_json
 
@@ -87,7 +87,6 @@ def _stage_files(
     stage, seal = "rollout" if teacher is None else "score", folder / SEAL
     if seal.exists():
         facts = read_json(seal)
-        _check_version(facts, seal)
         files = [folder / entry["file"] for entry in facts["shards"]]
     else:
         facts = _plan_of(target.plan if teacher is None else folder / PLAN)
@@ -96,10 +95,7 @@ def _stage_files(
 
 
 def _plan_of(path: Path) -> dict[str, Any]:
-    plan = read_json(path) if path.exists() else {}
-    if plan:
-        _check_version(plan, path)
-    return plan
+    return read_json(path) if path.exists() else {}
 
 
 def _published(folder: Path, plan: dict[str, Any]) -> list[Path]:
@@ -111,13 +107,6 @@ def _published(folder: Path, plan: dict[str, Any]) -> list[Path]:
 def num_shards(plan: dict[str, Any]) -> int:
     """Of the rollouts' plan; 0 where there is none."""
     return -(-len(plan["prompt_indices"]) // plan["prompts_per_shard"]) if plan else 0
-
-
-def _check_version(content: dict[str, Any], path: Path) -> None:
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{path}: schema version {content.get('schema_version')}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
 
 
 def _check_inputs(scores: StageFiles, target: RolloutSet) -> None:

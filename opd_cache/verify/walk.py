@@ -107,9 +107,10 @@ def _vocab_size(run: RunDir) -> int | None:
     configs = (run.policy_after(episode) / "config.json" for episode in run.episodes())
     path = next((path for path in configs if path.exists()), None)
     try:
-        return None if path is None else read_plain_json(path).get("vocab_size")
+        size = None if path is None else read_plain_json(path).get("vocab_size")
     except StoreError:
         return None
+    return size if type(size) is int else None
 
 
 class _PromptHashes:
