@@ -21,6 +21,10 @@ from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
 
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError,
+    torch.serialization.pickle.UnpicklingError,  # weights in a .bin file that are more than tensors
+)  # fmt: skip
 TRUST_HINT = "Set trust_remote_code=true for this model if you know it."
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -182,7 +186,7 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
         module = AutoModelForCausalLM.from_pretrained(base, **options)
         if adapters.is_file():
             module = _with_adapters(module, folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         hint = f" {TRUST_HINT}" if "trust_remote_code" in str(error) and not config.trust_remote_code else ""
         raise ModelError(
             f"{role} {config.model!r} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}"
