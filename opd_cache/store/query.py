@@ -209,8 +209,8 @@ def _checked_select(connection: Connection, sql: str) -> set[str]:
     if len(statements) != 1:
         raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")
     # DuckDB lets COPY write over a file that may be read.
-    if statements[0].type != duckdb.StatementType.SELECT:
-        raise ConfigError(f"the query is {statements[0].type.name}; expected SELECT, since a query only reads.")
+    if (kind := _kind(statements[0])) != "SELECT":
+        raise ConfigError(f"the query is {kind}; expected SELECT, since a query only reads.")
     parsed = _parsed(connection, statements[0].query)
     if parsed["error"]:
         raise ConfigError(f"the query failed: {' '.join(parsed['error_message'].split())}")
@@ -222,6 +222,13 @@ def _checked_select(connection: Connection, sql: str) -> set[str]:
         if kind == "TABLE_FUNCTION" and (name := str(node["function"]["function_name"]).lower()) not in TABLE_FUNCTIONS:
             raise ConfigError(f"the query calls {name}(); known table functions: {', '.join(sorted(TABLE_FUNCTIONS))}.")
     return {node["table_name"].lower() for node in _nodes(parsed) if node.get("type") == "BASE_TABLE"}
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        return str(statement.type.name)
+    except ValueError:  # one that its Python package has no name for
+        return "another statement"
 
 
 def _parsed(connection: Connection, sql: str) -> dict[str, Any]:
