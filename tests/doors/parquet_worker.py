@@ -1,6 +1,6 @@
 """Reads Parquet files that nobody can trust, for as long as the process lives: one JSON line in, one out.
 
-In: {"op": "shard" | "views" | "prompts", "run": ..., "path": ...}. A first line says how many MiB it may take.
+In: {"op": "shard" | "views" | "prompts", "run": ..., "path": ...}. A first line says how many MiB of addresses it may take.
 """
 
 import json
@@ -15,6 +15,8 @@ from opd_cache.run_dir import RunDir
 from opd_cache.store.join import read_rollouts
 from opd_cache.store.plans import load_rollout_plan, rollout_shards
 from opd_cache.store.query import query_rows
+
+MAX_MIB = 700  # more at one time; a page of 100 MB is unpacked more than once
 
 
 def read(op: str, run: Path, path: Path) -> int:
@@ -31,7 +33,10 @@ def main() -> None:
     grown = int(sys.stdin.readline()) << 20
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + grown, used + grown))
-    for line in sys.stdin:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    for number, line in enumerate(sys.stdin):
+        if number == 1:  # the first loads what all need
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         asked = json.loads(line)
         try:
             outcome = f"rows {read(asked['op'], Path(asked['run']), Path(asked['path']))}"
@@ -41,6 +46,10 @@ def main() -> None:
             outcome = f"memory {error}"
         except BaseException as error:
             outcome = f"traceback {type(error).__name__}: {error}"
+        grew = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        if outcome.startswith(("rows", "refused")) and grew - peak > MAX_MIB:
+            outcome = f"memory: {grew - peak} MiB"
+        peak = max(peak, grew)
         print(json.dumps(outcome[:500]), flush=True)
 
 

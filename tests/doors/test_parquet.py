@@ -16,8 +16,8 @@ from fault_log import FaultLog, is_full
 from helpers import write_jsonl
 
 ROW = "hostile Parquet files"
-GROWN_MIB = 1500
-MAX_SECONDS = 20.0
+GROWN_MIB = 10_000
+MAX_SECONDS = 60.0
 SHARD = "episode=0/rollouts/shard-00000-of-00003.parquet"
 OPS = ("shard", "views", "prompts")
 
@@ -101,7 +101,7 @@ def test_random_bytes_are_refused_and_the_process_lives(faults: FaultLog, reader
     data = (reader.run / SHARD).read_bytes()
     start = footer_start(data)
     first, last = (start, len(data)) if part == "footer" else (4, start)
-    for seed in range(2000 if is_full() else 60):
+    for seed in range(2000 if is_full() else 40):
         rng = random.Random(seed)
         changed = bytearray(data)
         for _ in range(rng.randrange(1, 6)):
@@ -129,7 +129,7 @@ def test_every_count_of_the_footer_made_huge_is_refused(faults: FaultLog, reader
     data = (reader.run / SHARD).read_bytes()
     footer = data[footer_start(data) : -8]
     places = [at for at in range(len(footer)) if footer[at] < 0x80]
-    step = 1 if is_full() else max(1, len(places) // 25)
+    step = 1 if is_full() else max(1, len(places) // 12)
     for at in places[::step]:
         for value in (2**32, 2**41, 2**63 - 1, 2**63 + 1):
             changed = footer[:at] + varint(value) + footer[at + 1 :]
