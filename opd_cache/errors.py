@@ -11,7 +11,16 @@ def error_line(kind: str, message: str) -> str:
     """An error as one line, whatever names and texts it quotes; behind the number of its rank where that is not 0."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    return "\\n".join(f"{prefix}{kind}: {message}".splitlines())
+    return visible("\\n".join(f"{prefix}{kind}: {message}".splitlines()))
+
+
+def visible(text: str) -> str:
+    """The text with escapes in place of what a terminal would obey: what files and servers say is quoted in messages."""
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

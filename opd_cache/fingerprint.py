@@ -100,6 +100,10 @@ def context_length(folder: Path) -> int | None:
 
 
 def text_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of the language model."""
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("text_config", config)
+    """What config.json says of the language model. Raises ModelError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return dict(config.get("text_config", config))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a model's configuration ({error}).") from error

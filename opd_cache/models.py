@@ -22,6 +22,10 @@ from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
 from opd_cache.store.disk import disk_error
 
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError,
+    torch.serialization.pickle.UnpicklingError,  # weights in a .bin file that are more than tensors
+)  # fmt: skip
 TRUST_HINT = "Set trust_remote_code=true for this model if you know it."
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -200,7 +204,7 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
         module = AutoModelForCausalLM.from_pretrained(base, **options)
         if adapters.is_file():
             module = _with_adapters(module, folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         if failing := disk_error(error, folder):
             raise failing from error
         hint = f" {TRUST_HINT}" if "trust_remote_code" in str(error) and not config.trust_remote_code else ""

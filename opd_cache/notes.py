@@ -12,8 +12,7 @@ from typing import Any
 
 from opd_cache.errors import ConfigError, OpdCacheError, TryAgainError
 from opd_cache.run_dir import FAILED_SHARD, RolloutSet, RunDir
-from opd_cache.store.disk import explained_disk_errors, write_whole
-from opd_cache.store.publish import make_folder, temporary_beside
+from opd_cache.store.publish import replace_file
 from opd_cache.store.shards import ShardSet
 
 log = logging.getLogger(__name__)
@@ -29,14 +28,7 @@ class ShardsFailedError(OpdCacheError, RuntimeError):
 
 def write_note(final: Path, note: dict[str, Any]) -> None:
     """Keep what a piece of work took, beside the data: seconds, host, engine. Later attempts replace it."""
-    with explained_disk_errors(final):
-        make_folder(final.parent)
-        temporary = temporary_beside(final)
-        try:
-            write_whole(temporary, (json.dumps(note) + "\n").encode())
-            os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
+    replace_file(final, json.dumps(note) + "\n")
 
 
 def shard_note_name(shards: ShardSet, shard: int) -> str:

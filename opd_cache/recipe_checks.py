@@ -1,7 +1,9 @@
 """Refusing a recipe whose parts do not fit together. Single values are checked in config/values.py."""
 
 import dataclasses
+import os
 import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +21,7 @@ from opd_cache.config.values import check_limits, shown, shown_key
 from opd_cache.errors import ConfigError
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+SHORTEST_KEY = 8  # a shorter one is in half of all texts
 POLICY = re.compile(r"current|0|[1-9][0-9]{0,5}", re.ASCII)
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # What apply_chat_template takes beside the template's own variables and would change the ids: the intake sets these.
@@ -39,6 +42,7 @@ CHAT_TEMPLATE_ARGUMENTS = (
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse values out of range and sections that do not fit together. Raises ConfigError."""
+    _check_no_key(recipe)  # before anything else quotes a value
     check_limits(recipe, "")
     if not recipe.teachers:
         raise ConfigError("the recipe names no teacher. Add teachers.main.model=FOLDER_OR_NAME.")
@@ -75,6 +79,30 @@ def check_recipe(recipe: Recipe) -> None:
     for name, teacher in recipe.teachers.items():
         _check_policy_teacher(teacher, f"teachers.{name}")
         _check_teacher_prompt(teacher.prompt, f"teachers.{name}.prompt")
+
+
+def _check_no_key(recipe: Recipe) -> None:
+    """Refuse a recipe into which the API key has come, such as by ${oc.env:...}: run.json would keep it."""
+    key = os.environ.get(recipe.score.http.api_key_env or "", "")
+    if len(key) < SHORTEST_KEY:
+        return
+    for place, text in _texts(recipe.to_dict(), ""):
+        if key in text:
+            raise ConfigError(
+                f"{place} holds the key that the variable of score.http.api_key_env holds, and run.json would keep it. Leave it out; it is sent by itself."
+            )
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a value."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{place}[{index}]")
 
 
 def _check_chat_template_kwargs(kwargs: dict[str, Any], section: str) -> None:

@@ -17,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd_cache.config import Recipe
-from opd_cache.config.values import check_section
+from opd_cache.config.values import check_section, shown
 from opd_cache.errors import ConfigError
 from opd_cache.recipe_checks import check_recipe
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
 MAX_YAML_DEPTH = 32
+MAX_NAMED = 200  # characters of an override in a message
 
 
 def packaged_configs(kind: str) -> dict[str, Path]:
@@ -78,7 +79,7 @@ def load_recipe(arguments: list[str] | tuple[str, ...]) -> Recipe:
         path = find_config("recipes", argument)
         merged = _merge(merged, read_yaml(path), str(path))
     for override in overrides:
-        merged = _merge(merged, read_override(override), override)
+        merged = _merge(merged, read_override(override), cut(override))
     return _checked(merged)
 
 
@@ -86,16 +87,23 @@ def stored_recipe(content: dict[str, Any], overrides: Sequence[str], where: str)
     """The recipe that `Recipe.to_dict` gave, with `key=value` overrides on top, checked like one written by hand."""
     merged = _merge(OmegaConf.structured(Recipe), OmegaConf.create(_escaped(content)), where)
     for override in overrides:
-        merged = _merge(merged, read_override(override), override)
+        merged = _merge(merged, read_override(override), cut(override))
     return _checked(merged)
+
+
+def cut(override: str) -> str:
+    """What names an override in a message: itself, where it is not too long for a line."""
+    return override if len(override) <= MAX_NAMED else f"{override[: MAX_NAMED - 3]}..."
 
 
 def read_yaml(path: Path) -> DictConfig:
     """The keys of a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_yaml_extras(text, path)
+        _refuse_yaml_extras(text, str(path), has_lines=True)
         content = OmegaConf.load(io.StringIO(text))
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: {_yaml_fault(error)}.") from error
@@ -103,6 +111,8 @@ def read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
+    except ValueError as error:  # YAML takes 0x_ for a number, and Python does not
+        raise ConfigError(f"{path}: holds what only looks like a number: {_first_line(error)}.") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: expected keys with values, found a list.")
     return content
@@ -114,11 +124,11 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _refuse_yaml_extras(text: str, path: Path) -> None:
+def _refuse_yaml_extras(text: str, source: str, has_lines: bool) -> None:
     """Refuse what a recipe does not need and what a parser can be blown up with: aliases, tags, deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = f"{path}:{event.start_mark.line + 1}"
+        place = f"{source}:{event.start_mark.line + 1}" if has_lines else source
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(
                 f"{place}: YAML aliases (*{event.anchor}) are not read; refer to a key as ${{section.key}}."
@@ -136,13 +146,16 @@ def _refuse_yaml_extras(text: str, path: Path) -> None:
 def read_override(override: str) -> DictConfig:
     """The keys of one `key=value`. Raises ConfigError."""
     if not OVERRIDE.match(override):
-        raise ConfigError(f"{override!r} is not key=value.")
+        raise ConfigError(f"{shown(override)} is not key=value.")
     try:
+        _refuse_yaml_extras(override.partition("=")[2], cut(override), has_lines=False)
         return OmegaConf.from_dotlist([override])
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r} is not key=value: {_yaml_fault(error)}.") from error
-    except (OmegaConfBaseException, UnicodeEncodeError) as error:
-        raise ConfigError(f"{override!r} is not key=value: {_first_line(error)}.") from error
+        raise ConfigError(f"{shown(override)} is not key=value: {_yaml_fault(error)}.") from error
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{shown(override)} is not key=value: {_first_line(error)}.") from error
 
 
 def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:

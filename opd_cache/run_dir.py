@@ -19,6 +19,7 @@ from pathlib import Path
 
 SCHEMA_VERSION = 1  # of the names, columns and JSON files of a run directory
 
+SHARD_FILE = re.compile(r"shard-[0-9]{5,}-of-[0-9]{5,}\.parquet")
 EPISODE_FOLDER = re.compile(r"episode=(0|[1-9][0-9]*)")
 SEAL = "_SEALED.json"
 COMPLETE = "_COMPLETE.json"

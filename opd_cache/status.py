@@ -1,6 +1,5 @@
 """What a run has so far, read from its files alone: no torch, no Parquet."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
     folder = run.path / "logs" / stage
     # An evaluation's note covers its own rollouts and scores, whose notes lie under eval-*.
     return [
-        json.loads(path.read_text())
+        read_plain_json(path)
         for path in sorted(folder.glob("*/*.json"))
         if not path.parent.name.startswith("eval-") and not path.name.endswith(FAILED_SHARD)
     ]
@@ -154,7 +153,7 @@ def _notes(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def failed_shards(run: RunDir) -> list[dict[str, Any]]:
     """What failed for good and has not been made since, with the error that each met last."""
-    notes = [json.loads(path.read_text()) for path in sorted(run.logs.glob(f"*/*/*{FAILED_SHARD}"))]
+    notes = [read_plain_json(path) for path in sorted(run.logs.glob(f"*/*/*{FAILED_SHARD}"))]
     return [
         note
         for note in notes

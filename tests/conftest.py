@@ -13,11 +13,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is in
 
 import pytest
 from commands import Command
+from fault_log import FaultLog
 from helpers import STOP_IDS, complete, opd_cache_command, save_model, tiny_qwen2, write_jsonl
 
 from opd_cache.config import Recipe
 from opd_cache.recipes import load_recipe
 from opd_cache.run import Run
+
+
+@pytest.fixture(scope="session")
+def faults() -> FaultLog:
+    """The log of all faults: FAULT_LOG names the folder that tools/fault_table.py reads."""
+    folder = os.environ.get("FAULT_LOG")
+    return FaultLog(Path(folder) if folder else None)
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ REFUSED = [
     ),
     ("run_dir=''", "run_dir = '' is empty."),
     ('run_dir="a\\0b"', "run_dir = 'a\\x00b' holds what is no UTF-8 text."),
-    ("run_dir=\udcff", "'run_dir=\\udcff' is not key=value: 'utf-8' codec can't encode character '\\udcff' in position 0: surrogates not allowed."),
+    ("run_dir=\udcff", "'run_dir=\\udcff' is not key=value: unacceptable character #xdcff: special characters are not allowed in \"<unicode string>\", position 0."),
     # what one key asks of another
     ("teachers.b.model=x", "learn.teacher must name one of the teachers: main, b."),
     ("score.teacher=x", "score.teacher = 'x' is unknown. Known: main."),
@@ -196,7 +196,7 @@ REFUSED = [
     ("[=1", "'[=1' is not key=value."),
     ("rollout..top_p=1", "'rollout..top_p=1' is not key=value."),
     ("learn rate=1", "'learn rate=1' is not key=value."),
-    ("seed=[", "'seed=[' is not key=value: while parsing a flow node, did not find expected node content."),
+    ("seed=[", "'seed=[' is not key=value: while parsing a flow node, expected the node content, but found '<stream end>'."),
     # references
     ("seed=${nope}", "seed cannot be resolved: Interpolation key 'nope' not found."),
     ("run_dir=${run_dir}", "run_dir cannot be resolved: Recursive interpolation detected."),

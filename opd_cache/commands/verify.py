@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from opd_cache.errors import ConfigError, CorruptShardError
+from opd_cache.errors import ConfigError, CorruptShardError, visible
 
 if TYPE_CHECKING:
     from opd_cache.verify.run import Verdict
@@ -103,11 +103,13 @@ def repair(
 
 def _print(verdict: "Verdict") -> None:
     for found in verdict.findings:
-        click.echo(f"{verdict.name(found.file)}: {found.problem.removeprefix(str(found.file)).lstrip(': ')}")
+        click.echo(visible(f"{verdict.name(found.file)}: {found.problem.removeprefix(str(found.file)).lstrip(': ')}"))
     for one in verdict.compared or ():
         skipped = f"; not compared: {'; '.join(one.skipped)}" if one.skipped else ""
         click.echo(
-            f"{one.who}: {one.rows} rows, {one.tokens:,} tokens scored again, largest difference {one.largest:.2g} nats, mean {one.mean:.2g}{skipped}"
+            visible(
+                f"{one.who}: {one.rows} rows, {one.tokens:,} tokens scored again, largest difference {one.largest:.2g} nats, mean {one.mean:.2g}{skipped}"
+            )
         )
     rate = verdict.bytes / max(verdict.seconds, 1e-9) / 1e6
     what = f"{len(verdict.findings)} findings" if verdict.findings else "clean"

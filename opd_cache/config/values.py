@@ -18,6 +18,7 @@ from opd_cache.errors import ConfigError
 
 # NUL ends a path early; a lone surrogate is what Python makes of bytes that are no UTF-8. Neither can be stored.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
+LARGEST = 2**63 - 1  # what Parquet, and programs that read our JSON, can hold
 
 
 def check_section(values: Any, config_type: type, prefix: str, where: str) -> None:
@@ -44,7 +45,9 @@ def _check_type(value: Any, kind: Any, key: str, where: str) -> None:
         raise ConfigError(
             f"{key} = {shown(value)} must be {_expected(kind)}{quotes}{', or null' if optional else ''}. ({where})"
         )
-    if isinstance(value, list):
+    if isinstance(value, int):
+        _check_size(value, key)
+    elif isinstance(value, list):
         for index, item in enumerate(value):
             _check_type(item, parts[0], f"{key}[{index}]", where)
     elif origin is dict and isinstance(value, dict):
@@ -74,6 +77,20 @@ def _check_plain(value: Any, key: str, where: str) -> None:
             _check_plain(item, f"{key}[{index}]", where)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} = {value} is not a finite number. ({where})")
+    elif isinstance(value, int):
+        _check_size(value, key)
+    elif isinstance(value, str):
+        _check_text(value, key)
+
+
+def _check_size(value: int, key: str) -> None:
+    if abs(value) > LARGEST:
+        raise ConfigError(f"{key} = {shown(value)} is too large; it must be at most {LARGEST}.")
+
+
+def _check_text(value: str, key: str) -> None:
+    if NO_TEXT.search(value):
+        raise ConfigError(f"{key} = {shown(value)} holds what is no UTF-8 text.")
 
 
 def _expected(kind: Any) -> str:
@@ -84,7 +101,10 @@ def _expected(kind: Any) -> str:
 def shown(value: Any) -> str:
     """A value as a recipe would say it, on one line and not too long."""
     words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # a number of so many digits that Python refuses to write it out
+        text = f"{type(value).__name__} with a very long number"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -115,8 +135,8 @@ def check_limits(config: Any, prefix: str) -> None:
 
 
 def _check_value(value: Any, key: str, limits: types.MappingProxyType[str, Any]) -> None:
-    if isinstance(value, str) and NO_TEXT.search(value):
-        raise ConfigError(f"{key} = {shown(value)} holds what is no UTF-8 text.")
+    if isinstance(value, str):
+        _check_text(value, key)
     if "table" in limits:
         registry.check_name(limits["table"], value, key)
     if "choices" in limits and value not in limits["choices"]:

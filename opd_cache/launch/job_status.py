@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opd_cache.errors import OpdCacheError
+from opd_cache.errors import CorruptShardError, OpdCacheError
 from opd_cache.launch import slurm
-from opd_cache.launch.scripts import is_array
+from opd_cache.launch.scripts import NUMBERED, is_array
 from opd_cache.launch.slurm import QueuedTasks
 from opd_cache.launch.work import Key, Work, unfinished_work
 from opd_cache.recipes import load_recipe
 from opd_cache.run_dir import RunDir
+from opd_cache.store.publish import read_plain_json
 
 TAIL_BYTES = 4096
 
@@ -44,11 +45,25 @@ def _queue(run: RunDir) -> tuple[list[QueuedTasks], str | None]:
 
 def _sent_jobs(run: RunDir) -> dict[Key, list[dict[str, Any]]]:
     jobs: dict[Key, list[dict[str, Any]]] = {}
-    lines = run.submitted_jobs.read_text().splitlines() if run.submitted_jobs.exists() else []
-    for line in lines:
-        job = json.loads(line)
+    lines = run.submitted_jobs.read_text(errors="replace").splitlines() if run.submitted_jobs.exists() else []
+    for number, line in enumerate(lines, 1):
+        if (job := _job(line)) is None:
+            raise CorruptShardError(f"{run.submitted_jobs}:{number}: no note of a job; remove the line.")
         jobs.setdefault((job["stage"], job["number"]), []).append(job)
     return jobs
+
+
+def _job(line: str) -> dict[str, Any] | None:
+    """What submit wrote down of a job; None for a line that a full disk or somebody else has left."""
+    try:
+        job = json.loads(line)
+        slurm.array_indices(job["tasks"])
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return None
+    has_numbers = all(type(job.get(key)) is int and job[key] >= 0 for key in ("number", "width"))
+    # Its id becomes part of a log's name.
+    is_note = has_numbers and job["width"] > 0 and job.get("stage") in NUMBERED and str(job.get("job")).isdecimal()
+    return job if is_note else None
 
 
 def _stage(run: RunDir, work: Work, queue: Sequence[QueuedTasks], sent: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +109,7 @@ def _seconds_left(run: RunDir, work: Work, running: int) -> float | None:
     if not running or not is_array(work.stage):
         return None
     notes = run.log_folder(work.stage, run.episode(work.number).log_name).glob("*-shard-*[0-9].json")
-    seconds = [json.loads(path.read_text())["seconds"] for path in notes]
+    seconds = [read_plain_json(path)["seconds"] for path in notes]
     return fmean(seconds) * len(work.missing) / running if seconds else None
 
 

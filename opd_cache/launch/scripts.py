@@ -9,7 +9,7 @@ from opd_cache.config.cluster import JobOptions
 from opd_cache.errors import ConfigError
 from opd_cache.launch.clusters import DIRECTIVES, LoadedCluster
 from opd_cache.run_dir import RunDir
-from opd_cache.store.publish import digest_bytes
+from opd_cache.store.publish import digest_bytes, replace_file
 
 TEMPLATE = Path(__file__).parent / "job.sh"
 FIELD = re.compile(r"\{\{(\w+)\}\}")
@@ -64,9 +64,7 @@ def write_scripts(scripts: list[Script]) -> None:
     """Write those that no hand has changed."""
     for script in scripts:
         if not script.is_edited:
-            script.path.parent.mkdir(parents=True, exist_ok=True)
-            script.path.write_text(script.text)
-            script.path.chmod(0o755)
+            replace_file(script.path, script.text, is_program=True)
 
 
 def _script(path: Path, stage: str, rendered: str) -> Script:

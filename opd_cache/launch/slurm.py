@@ -15,6 +15,7 @@ from pathlib import Path
 
 from opd_cache.errors import ConfigError, TryAgainError
 
+LARGEST_ARRAY = 4_000_001  # Slurm's own limit
 # Fields of one line of squeue: array's id, its indices, state, reason, dependency, name.
 FIELDS = "%F|%K|%T|%r|%E|%j"
 SETTLING_S = 15.0
@@ -104,7 +105,10 @@ def array_indices(text: str) -> list[int]:
     found: list[int] = []
     for part in text.partition("%")[0].split(","):
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        indices = range(int(first), int(last or first) + 1)
+        if indices.stop > LARGEST_ARRAY:
+            raise ValueError(f"array indices up to {indices.stop - 1}")
+        found += indices
     return found
 
 

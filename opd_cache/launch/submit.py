@@ -18,6 +18,7 @@ from opd_cache.launch.scripts import Script, is_array, render_scripts, write_scr
 from opd_cache.launch.work import Key, Work, unfinished_work
 from opd_cache.recipes import recipe_yaml
 from opd_cache.run_dir import RunDir
+from opd_cache.store.publish import append_line, replace_file
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
@@ -107,7 +108,7 @@ def submit(plan: Submission, tell: Callable[[str], None]) -> dict[Key, list[str]
     """
     write_scripts(plan.scripts)
     plan.run.job_logs.mkdir(parents=True, exist_ok=True)  # Slurm fails a job whose log has no folder, in silence
-    plan.run.submitted_recipe.write_text(recipe_yaml(plan.recipe))
+    replace_file(plan.run.submitted_recipe, recipe_yaml(plan.recipe))
     for script in plan.scripts:
         if script.is_edited:
             tell(f"{script.path}: edited by hand, kept; delete it to have it written anew.")
@@ -135,8 +136,7 @@ def _send(plan: Submission, step: Step, ids: dict[Key, list[str]], tell: Callabl
         ids[step.work.key].append(job)
         tasks = slurm.array_text(step.send)
         note = {"job": job, "stage": stage, "number": number, "width": step.width, "tasks": tasks, "after": upstream}
-        with open(plan.run.submitted_jobs, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**note, "time": int(time.time())}) + "\n")
+        append_line(plan.run.submitted_jobs, json.dumps({**note, "time": int(time.time())}))
 
 
 def cancel(run: RunDir) -> list[str]:

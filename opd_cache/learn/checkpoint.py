@@ -90,9 +90,11 @@ def latest_checkpoint(learn_folder: Path, plan_digest: str) -> Path | None:
 def remove_checkpoints(learn_folder: Path, keep_last: int = 0, keep_every: int | None = None) -> None:
     """Drop the checkpoints that later ones, or the policy, have made useless: all but the newest `keep_last`, and those
     at multiples of `keep_every` steps."""
-    found = sorted(learn_folder.glob("checkpoint-*"))
+    found = sorted(learn_folder.glob("checkpoint-[0-9]*[0-9]"))
     for folder in found[: len(found) - keep_last]:
         if keep_every is None or int(folder.name.rpartition("-")[2]) % keep_every:
+            if folder.is_symlink():
+                continue  # somebody's own, outside of the run
             # Under its own name a checkpoint is whole, while it is being removed too.
             leaving = temporary_beside(folder)
             with contextlib.suppress(FileNotFoundError):

@@ -54,11 +54,13 @@ class Encoder:
     def _templated(self, messages: Messages) -> list[int] | Fault:
         from jinja2 import TemplateError
 
+        # A template computes with what the messages hold, and so may fail as any program does.
+        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
             )
-        except TemplateError as error:
+        except errors as error:
             reason = " ".join(str(error).split()).rstrip(".")
             return Fault(f"the chat template fails ({reason})", "refused by the chat template")
 

@@ -8,6 +8,7 @@ from typing import Any
 from opd_cache.config import PromptsConfig
 from opd_cache.errors import PromptError
 
+REASON_CHARS = 300
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 # (place, record) or (place, what is wrong with it)
@@ -79,8 +80,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", record
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())}).") from error
+    # Arrow reads dates that Python has not, and texts that are no UTF-8.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, LookupError) as error:
+        raise PromptError(
+            f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:REASON_CHARS]})."
+        ) from error
 
 
 def _read_dataset(config: PromptsConfig, path: Path) -> Iterator[Record]:

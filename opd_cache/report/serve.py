@@ -7,6 +7,7 @@ Origin. It reaches what the views of the runs hold and nothing else; it changes 
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import threading
@@ -23,6 +24,7 @@ from opd_cache.report.pages import Runs
 
 IDLE_TIMEOUT_S = 60
 LONGEST_BODY = 1_000_000
+LENGTH = re.compile(r"[0-9]{1,18}")
 QUERIES_AT_ONCE = 2
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -79,7 +81,10 @@ class PageServer(ThreadingHTTPServer):
 
     def knows_host(self, host: str) -> bool:
         """Whether this Host header names this server, and not a site whose name was made to lead here."""
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:  # such as an address with one bracket
+            return False
         own = {"localhost", self.host.lower()}
         if not self.is_local:
             own |= {socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -130,7 +135,11 @@ class PageHandler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, f"Host {host[:80]!r} is not this server's name.")
         if origin is not None and origin != f"http://{host}":
             raise Refused(HTTPStatus.FORBIDDEN, f"a page of {origin[:80]!r} may not ask this server.")
-        token, _, place = urlsplit(self.path).path.removeprefix("/").partition("/")
+        try:
+            path = urlsplit(self.path).path
+        except ValueError as error:
+            raise Refused(HTTPStatus.BAD_REQUEST, "the path is no path of a URL.") from error
+        token, _, place = path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise Refused(HTTPStatus.UNAUTHORIZED, ASK_FOR_ADDRESS)
         return place
@@ -161,17 +170,23 @@ class PageHandler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, str]:
         """{"run": ..., "sql": ...}. Raises Refused."""
         length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not length.isdecimal():
+        if self.headers.get_content_type() != "application/json" or not LENGTH.fullmatch(length):
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected JSON with a Content-Length.")
         if int(length) > LONGEST_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the query is {length} bytes; at most {LONGEST_BODY}.")
         try:
             asked = json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(HTTPStatus.BAD_REQUEST, "the body is no JSON.") from error
         if not isinstance(asked, dict) or not all(isinstance(asked.get(key), str) for key in ("run", "sql")):
             raise Refused(HTTPStatus.BAD_REQUEST, 'expected {"run": "NAME", "sql": "SELECT ..."}.')
         return asked
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server refuses by itself, in the form and with the headers of all answers."""
+        self.close_connection = True
+        status = HTTPStatus(code)
+        self._send(status, *_error(f"{status.phrase}."))
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

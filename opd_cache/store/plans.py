@@ -79,7 +79,7 @@ def load_rollout_plan(target: RolloutSet) -> RolloutPlan:
     """The published plan. Raises MissingInputError, CorruptShardError, MismatchError (another schema
     version, or the plan of another episode)."""
     content = read_json(target.plan)
-    content.pop("schema_version", None)
+    content.pop("schema_version")
     try:
         plan = RolloutPlan(**{**content, "sampling": SamplingPlan(**content["sampling"])})
     except (TypeError, KeyError) as error:

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
 from opd_cache.run_dir import SCHEMA_VERSION
-from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file
+from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file, write_whole
+from opd_cache.store.shapes import check_shape, check_version
 
 # Another file system, one without hard links, too many links, a file of another user.
 NO_LINK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.EPERM}
@@ -68,6 +69,32 @@ def publish_file(final: Path, write: Callable[[BinaryIO], None], check: Callable
         finally:
             temporary.unlink(missing_ok=True)
             _unfinished.discard(temporary)
+
+
+def replace_file(final: Path, text: str, is_program: bool = False) -> None:
+    """Put a text in the place of what has its name, whole or not at all; of a symbolic link, not of what it leads to.
+
+    For what may change: notes, batch scripts. As readable as the umask says.
+    """
+    temporary = temporary_beside(final)
+    with explained_disk_errors(final):
+        make_folder(final.parent)
+        try:
+            write_whole(temporary, text.encode())
+            if is_program:
+                mode = temporary.stat().st_mode
+                temporary.chmod(mode | (mode & 0o444) >> 2)  # may be run by whoever may read it
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of the run; a symbolic link in its place is refused by the system."""
+    with explained_disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def drop_unfinished_files() -> None:
@@ -189,29 +216,33 @@ def _short(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A published JSON object, its digest checked and left out. Raises MissingInputError, CorruptShardError,
-    MismatchError (of another schema version)."""
+    """A published JSON object, its digest and its shape checked and the digest left out.
+
+    Raises MissingInputError, CorruptShardError, MismatchError (another schema version).
+    """
     data, content = _json_object(path)
     content.pop(DIGEST, None)
-    if signed_json(content) != data:
+    if not _is_signed(content, data):
         raise CorruptShardError(
             f"{path}: damaged or edited, its {DIGEST} does not fit. Move the file away and run the stage again."
         )
     check_version(content.get("schema_version", SCHEMA_VERSION), path)
+    check_shape(content, path)
     return content
 
 
-def check_version(found: Any, path: Path) -> None:
-    """Refuse what another version of opd-cache wrote. Raises MismatchError."""
-    if found != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{path}: schema version {found}, this opd-cache reads {SCHEMA_VERSION}. Use the version that wrote it."
-        )
+def _is_signed(content: dict[str, Any], data: bytes) -> bool:
+    try:
+        return signed_json(content) == data
+    except (ValueError, RecursionError):  # NaN, half of a surrogate pair, too deep: we write none of them
+        return False
 
 
 def read_plain_json(path: Path) -> dict[str, Any]:
-    """A JSON object that somebody else wrote, or that a manifest vouches for. Raises the same."""
-    return _json_object(path)[1]
+    """A JSON object that is not signed: a note, or what a manifest vouches for. Raises the same."""
+    content = _json_object(path)[1]
+    check_shape(content, path)
+    return content
 
 
 def _json_object(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -242,7 +273,10 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
         try:
             temporary.mkdir()
             fill(temporary)
+            readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors makes files for its user alone
             for path in (*temporary.rglob("*"), temporary):
+                if path.is_file():
+                    path.chmod(readable)
                 fsync_path(path)
             try:
                 os.rename(temporary, final)

@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from opd_cache.config.values import NO_TEXT
 from opd_cache.errors import ConfigError
 from opd_cache.limits import DEFAULT_LIMITS, DEFAULT_MEMORY, Limits
 from opd_cache.run_dir import RunDir
@@ -202,12 +203,14 @@ def database_of_views(run_path: str | Path, partial: bool = False) -> Iterator[t
 
 def _checked_select(connection: Connection, sql: str) -> set[str]:
     """The names of the tables of one statement that only reads. Raises ConfigError on any other."""
+    if NO_TEXT.search(sql):
+        raise ConfigError("the query holds what is no UTF-8 text.")
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise ConfigError(f"the query holds {len(statements)} statements; expected one SELECT.")
     # DuckDB lets COPY write over a file that may be read.
-    if statements[0].type != duckdb.StatementType.SELECT:
-        raise ConfigError(f"the query is {statements[0].type.name}; expected SELECT, since a query only reads.")
+    if (kind := _kind(statements[0])) != "SELECT":
+        raise ConfigError(f"the query is {kind}; expected SELECT, since a query only reads.")
     parsed = _parsed(connection, statements[0].query)
     if parsed["error"]:
         raise ConfigError(f"the query failed: {' '.join(parsed['error_message'].split())}")
@@ -219,6 +222,13 @@ def _checked_select(connection: Connection, sql: str) -> set[str]:
         if kind == "TABLE_FUNCTION" and (name := str(node["function"]["function_name"]).lower()) not in TABLE_FUNCTIONS:
             raise ConfigError(f"the query calls {name}(); known table functions: {', '.join(sorted(TABLE_FUNCTIONS))}.")
     return {node["table_name"].lower() for node in _nodes(parsed) if node.get("type") == "BASE_TABLE"}
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        return str(statement.type.name)
+    except ValueError:  # one that its Python package has no name for
+        return "another statement"
 
 
 def _parsed(connection: Connection, sql: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError, StoreError
 from opd_cache.run_dir import SCHEMA_VERSION, SEAL, shard_name
 from opd_cache.store.disk import disk_error
-from opd_cache.store.publish import check_version, digest_bytes, digest_file, publish_file, publish_json, read_json
+from opd_cache.store.publish import digest_bytes, digest_file, publish_file, publish_json, read_json
+from opd_cache.store.shapes import check_version
 
 FOOTER_KEY = b"opd_cache"
 WIDE_LEAVES = (pa.int32(), pa.float32())

@@ -220,7 +220,7 @@ def _constants(values: dict[str, str]) -> str:
 
 
 def _int(value: int | None) -> str:
-    return f"{'NULL' if value is None else value}::INTEGER"
+    return "NULL::INTEGER" if value is None else f"{value:d}::INTEGER"
 
 
 def _union(columns: Sequence[tuple[str, str]], selects: list[str]) -> str:

@@ -10,10 +10,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd_cache.errors import StoreError
 from opd_cache.logs import StageProgress
 from opd_cache.run_dir import RunDir
 from opd_cache.store.disk import fsync_path
-from opd_cache.store.publish import make_folder
+from opd_cache.store.publish import append_line, make_folder
 from opd_cache.verify.checks import Check, Finding
 from opd_cache.verify.walk import checks_of
 
@@ -94,23 +95,32 @@ def _findings(check: Check) -> list[Finding]:
 
 def quarantine(verdict: Verdict) -> list[tuple[Path, Path]]:
     """Move what the findings name into RUN/quarantine, where nothing reads it; returns (from, to) of each. Nothing is
-    deleted; the stages' own commands then make it anew."""
+    deleted; the stages' own commands then make it anew.
+
+    Raises StoreError, before anything is moved, where a folder on the way is a link that leads out of the run.
+    """
     moved = []
-    for path in _outermost({path for found in verdict.findings for path in found.moves}):
-        if not os.path.lexists(path):
-            continue
-        target = _free_name(verdict.run.quarantine / path.relative_to(verdict.run.path))
+    outermost = _outermost({path for found in verdict.findings for path in found.moves})
+    wanted = [path for path in outermost if os.path.lexists(path)]
+    targets = [_free_name(verdict.run.quarantine / path.relative_to(verdict.run.path)) for path in wanted]
+    for path in (*wanted, *targets):
+        _check_inside(verdict.run, path)
+    for path, target in zip(wanted, targets, strict=True):
         make_folder(target.parent)
         os.rename(path, target)
         fsync_path(target.parent)
         fsync_path(path.parent)
         moved.append((path, target))
-    if moved:
-        with open(verdict.run.quarantine / "moved.jsonl", "a", encoding="utf-8") as file:
-            for path, target in moved:
-                entry = {"from": verdict.name(path), "to": verdict.name(target), "time": int(time.time())}
-                file.write(json.dumps(entry) + "\n")
+        entry = {"from": verdict.name(path), "to": verdict.name(target), "time": int(time.time())}
+        append_line(verdict.run.quarantine / "moved.jsonl", json.dumps(entry))
     return moved
+
+
+def _check_inside(run: RunDir, path: Path) -> None:
+    if not path.parent.resolve().is_relative_to(run.path.resolve()):
+        raise StoreError(
+            f"{path}: lies outside of the run, at {path.parent.resolve()}, where a link leads. Nothing was moved; move it away by hand."
+        )
 
 
 def _outermost(paths: set[Path]) -> Sequence[Path]:

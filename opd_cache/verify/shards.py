@@ -68,8 +68,12 @@ def check_rollouts(shards: ShardSet, shard: int, facts: Facts, data: bytes | Non
 
     Memory: one row group. Raises CorruptShardError, MismatchError.
     """
+    with shards.open(shard, data) as file:
+        end = file.metadata.num_rows
+    if end != facts.plan.shard_rollouts(shard):
+        raise CorruptShardError(f"{shards.path(shard)}: {end} rows, the plan has {facts.plan.shard_rollouts(shard)}")
     expected = _planned_ids(facts, shard)
-    hashes, counts, end = [], [], 0
+    hashes, counts = [], []
     for first, group in row_groups(shards, shard, 0, data):
         end = first + len(group.table)
         fault = _rollouts_fault(group, facts, expected[first:end])
@@ -77,8 +81,6 @@ def check_rollouts(shards: ShardSet, shard: int, facts: Facts, data: bytes | Non
             raise CorruptShardError(f"{shards.path(shard)} rows {first} to {end - 1}: {fault}")
         hashes.append(numbers(group.table["ids_hash"]))
         counts.append(numbers(group.table["num_response_tokens"]))
-    if end != len(expected):
-        raise CorruptShardError(f"{shards.path(shard)}: {end} rows, the plan has {len(expected)}")
     return Rows(expected, np.concatenate(hashes), np.concatenate(counts))
 
 

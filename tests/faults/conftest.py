@@ -1,4 +1,4 @@
-"""The log of all faults, for tools/fault_table.py (FAULT_LOG names its folder), and stages to interfere with."""
+"""Stages to interfere with, runs to damage, and commands that start at once."""
 
 import os
 import shutil
@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parent.parent / "store"))  # store_helpers
 
 from damage import link_copy
 from fault_client import FaultServer, build_shim
-from fault_log import FaultLog
 from stages import TINY, Stages
 from warm import WarmCommands
 from world import open_to_all, remove
@@ -23,12 +22,6 @@ from opd_cache.learn.stage import learn_episode, new_engine
 from opd_cache.run import Run, open_run
 
 MEMORY = Path("/dev/shm")  # where fsync costs nothing and the calls are the same
-
-
-@pytest.fixture(scope="session")
-def faults() -> FaultLog:
-    folder = os.environ.get("FAULT_LOG")
-    return FaultLog(Path(folder) if folder else None)
 
 
 @pytest.fixture(scope="session")

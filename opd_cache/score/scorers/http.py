@@ -135,12 +135,15 @@ class HTTPScorer:
     async def _meet(self, client: httpx.AsyncClient, server: Server) -> None:
         options = self.options.http
         api = options.api if self._served is None else self._served.api
-        served = await describe(self.servers, client, server, api, options.model)
+        try:
+            served = await describe(self.servers, client, server, api, options.model)
+        except ConfigError as error:
+            raise ConfigError(self.servers.redacted(str(error))) from None
         if self._served is None:
             self._served = served
             self.engine = f"http {served.api}"
-            log.info("score   %s serves %s", server.url, served)
+            log.info("score   %s serves %s", server.url, self.servers.one_line(str(served)))
         elif served != self._served:
             raise ConfigError(
-                f"{server.url} serves {served}, but the teacher is {self._served}. All its servers must serve the same until it is scored."
+                f"{server.url} serves {self.servers.one_line(str(served))}, but the teacher is {self.servers.one_line(str(self._served))}. All its servers must serve the same until it is scored."
             )

@@ -4,6 +4,7 @@ What is asked and what an answer means is in http_shapes.py and http_served.py.
 """
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -29,6 +30,7 @@ MAX_DELAY_S = 60.0
 MAX_RETRY_AFTER_S = 600.0
 FAILURES_BEFORE_REST = 3  # in a row: one lost request says nothing of the others
 REASON_CHARS = 300
+LONGEST_ANSWER = 1 << 30  # bytes; 100,000 tokens with a top k of 64 are 0.5 GB of vLLM's JSON
 
 
 class FailedTryError(Exception):
@@ -164,34 +166,37 @@ class Servers:
     ) -> bytes | None:
         """One try. None where the status is among `absent`: the server has no such path."""
         try:
-            async with asyncio.timeout(self.options.timeout_s):
-                response = await client.request(method, server.url + path, content=content)
+            async with (
+                asyncio.timeout(self.options.timeout_s),
+                client.stream(method, server.url + path, content=content) as response,
+            ):
+                answer = await _read_whole(response)
         except TimeoutError as error:
             raise FailedTryError(f"no answer in {self.options.timeout_s:g} s") from error
         except httpx.TransportError as error:
             is_down = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            raise FailedTryError(self._one_line(f"{type(error).__name__} {error}"), is_down) from error
+            raise FailedTryError(self.one_line(f"{type(error).__name__} {error}"), is_down) from error
         except httpx.DecodingError as error:
-            raise UnfitReplyError(self._one_line(str(error))) from error
+            raise UnfitReplyError(self.one_line(str(error))) from error
         status = response.status_code
         if status in absent:
             return None
         if status == 429 or status >= 500:
             retry_after_s = _retry_after_s(response.headers.get("Retry-After"))
-            raise FailedTryError(f"status {status} ({self._reason(response.content)})", False, retry_after_s)
+            raise FailedTryError(f"status {status} ({self._reason(answer)})", False, retry_after_s)
         if status != 200:
             redirect = " Redirects are not followed; give the URL that they lead to." if 300 <= status < 400 else ""
             raise ConfigError(
-                f"{server.url}{path} refused the request with status {status}: {self._reason(response.content)}.{redirect}"
+                f"{server.url}{path} refused the request with status {status}: {self._reason(answer)}.{redirect}"
             )
-        return response.content
+        return answer
 
     def read(self, content: bytes, read: Callable[[bytes], Answer]) -> Answer:
         """What `read` makes of an answer. Its UnfitReplyError quotes the answer, unless that repeats the API key."""
         try:
             return read(content)
         except UnfitReplyError:
-            if self._key and self._key.encode() in content:
+            if self._repeats_key(content):
                 raise UnfitReplyError("an answer that repeats the API key, and is none that was expected") from None
             raise
 
@@ -239,14 +244,37 @@ class Servers:
             found = content.decode(errors="replace")
         for key in ("error", "message", "detail"):
             found = found.get(key, found) if isinstance(found, dict) else found
-        return self._one_line(str(found)) or "no reason given"
+        return self.one_line(str(found)) or "no reason given"
 
-    def _one_line(self, text: str) -> str:
+    def one_line(self, text: str) -> str:
         """Fit for a log: no key (some servers repeat it), no control characters, not too long."""
-        if self._key:
-            text = text.replace(self._key, "***")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return text[:REASON_CHARS].rstrip(". ")
+        return self.redacted(text)[:REASON_CHARS].rstrip(". ")
+
+    def redacted(self, text: str) -> str:
+        """Without the key, which a server may give as the name of anything."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def _repeats_key(self, content: bytes) -> bool:
+        """Also where JSON's escapes spell it."""
+        if not self._key:
+            return False
+        try:
+            text = json.dumps(decoded(content), ensure_ascii=False)
+        except (UnfitReplyError, RecursionError):
+            text = ""
+        return self._key.encode() in content or json.dumps(self._key)[1:-1] in text
+
+
+async def _read_whole(response: httpx.Response) -> bytes:
+    """The answer, unpacked. Raises UnfitReplyError where it is longer than any that is one: packed zeros have no end."""
+    pieces, length = [], 0
+    async for piece in response.aiter_bytes():
+        length += len(piece)
+        if length > LONGEST_ANSWER:
+            raise UnfitReplyError(f"an answer of more than {LONGEST_ANSWER >> 20} MiB")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _key_of(variable: str) -> str:
@@ -265,5 +293,5 @@ def _retry_after_s(value: str | None) -> float:
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date; a date without a zone
+    except (ValueError, TypeError, OverflowError):  # no date; a date without a zone; the year 10**20
         return 0.0

@@ -7,6 +7,7 @@ that log-probs can be. Position is never trusted alone: some servers leave a tok
 # R response tokens, K teacher top-k, W = K + 1 entries at a position, N all entries of all positions
 
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +23,9 @@ SAME_NATS = 1e-3  # one engine's two accounts of one log-prob come from one soft
 MAX_ID = 2**31 - 1
 UNKNOWN = MAX_ID  # a rank that the server does not say; sorts last
 SHOWN_CHARS = 80
+# A whole answer in the place of a number may be too long, or too deep, to be written out.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 4, 12, 12, 2 * SHOWN_CHARS, 80
 
 
 class UnfitReplyError(Exception):
@@ -264,7 +268,7 @@ def all_ids(request: ScoreRequest) -> list[int]:
 
 def shown(value: Any) -> str:
     """Something that a server said, on one line and not too long."""
-    text = ascii(value)
+    text = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
 
 
