@@ -1,11 +1,16 @@
-"""The models that benchmarks measure with: shapes by name, random weights, and tokenizers that go with them."""
+"""The models that benchmarks measure with: shapes by name, random weights, and prompts for them."""
 
+import json
+import random
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from opd_cache.quickstart.sort_letters import byte_tokenizer
 
 VOCABULARY = 151_936
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,11 +46,23 @@ def save_random_model(shape: str, folder: Path, seed: int = 0, **options: Any) -
     return model
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """As many tokens as that: <pad>, <eos>, and words `w2`, `w3`, ... between blanks."""
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, size)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>", padding_side="left"
-    )
+def save_tokenizer(size: int, folder: Path) -> PreTrainedTokenizerFast:
+    """The quickstart's, one token a byte, with unused names up to that many tokens, saved into the folder."""
+    content = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    names = content["model"]["vocab"]
+    names.update({f"<unused-{index}>": index for index in range(len(names), size)})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        pad_token="<pad>", eos_token="<eos>", unk_token="<pad>", padding_side="left",
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """Random letters, 180 to 220 of them each, one token a letter."""
+    rng = random.Random(0)
+    with open(path, "w") as file:
+        for _ in range(count):
+            prompt = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(180, 220)))
+            file.write(json.dumps({"prompt": prompt}) + "\n")
