@@ -5,13 +5,14 @@
 
 Rate: `rollout_episode` with a warm model, from plan to seal, its weights taken anew as after every learning, against
 `model.generate` (hf) or `LLM.generate` (vllm) over the same prompts, 8 samples of each, none ending before its length;
-in turns. Fixed cost: wall time of `opd-cache rollout`, `score` and `learn` of two short responses, each a process, less
-that of a process that imports the engine and loads the same model; the medians of the repeats, taken in turns.
+in turns. Fixed cost: time of `opd-cache rollout`, `score` and `learn` of two short responses, each a process, less that of
+a process that imports the engine and loads the same model; wall and CPU, medians of the repeats, taken in turns.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -130,7 +131,7 @@ LOADERS = {
 def fixed_costs(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each stage's command beside its engine's own."""
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    seconds: dict[str, list[float]] = {name: [] for name in (*STAGES, *dict.fromkeys(("hf", options.engine)))}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (*STAGES, *{"hf", options.engine})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = make_recipe(folder, "quickstart", options.engine, 2, 4, 1, options.threads)
@@ -143,18 +144,22 @@ def fixed_costs(options: argparse.Namespace) -> dict[str, Any]:
             for engine in seconds.keys() - set(STAGES):
                 loader = LOADERS[engine].format(threads=options.threads, folder=f"{folder}/model", settings=VLLM)
                 seconds[engine].append(_command_seconds([sys.executable, "-c", loader], quiet))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
     engines = {"rollout": options.engine, "score": options.engine, "learn": "hf"}
-    fixed = {stage: median[stage] - median[engine] for stage, engine in engines.items()}
-    return {"engine": options.engine, "seconds": seconds, "fixed_s": fixed, "target_s": TARGET_FIXED_S}
+    found: dict[str, Any] = {"engine": options.engine, "wall_and_cpu_s": seconds, "target_s": TARGET_FIXED_S}
+    for place, name in enumerate(("fixed_s", "fixed_cpu_s")):
+        median = {name: statistics.median(pair[place] for pair in pairs) for name, pairs in seconds.items()}
+        found[name] = {stage: median[stage] - median[engine] for stage, engine in engines.items()}
+    return found
 
 
-def _command_seconds(command: list[str], environment: dict[str, str]) -> float:
-    start = time.perf_counter()
+def _command_seconds(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Wall and CPU."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if ended.returncode:
         raise SystemExit(f"{command} ended with status {ended.returncode}:\n{ended.stderr[-4000:]}")
-    return time.perf_counter() - start
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -173,7 +178,10 @@ def main() -> None:
         options.json.write_text(json.dumps({"rate": rate, "fixed": fixed}, indent=2) + "\n")
     print(f"{rate['tokens']} tokens by {options.engine}, {options.model}: " + ", ".join(f"{way} {value:.0f} tokens/s" for way, value in rate["tokens_per_s"].items()) + f", ratio {rate['ratio']:.2f}")  # fmt: skip
     for stage, value in fixed["fixed_s"].items():
-        print(f"{stage}: {value:.2f} s beside its engine's imports and model (target {TARGET_FIXED_S:g})")
+        cpu = fixed["fixed_cpu_s"][stage]
+        print(
+            f"{stage}: {value:.2f} s ({cpu:.2f} s of CPU) beside its engine's imports and model (target {TARGET_FIXED_S:g})"
+        )
 
 
 if __name__ == "__main__":
