@@ -98,7 +98,7 @@ class RandomScorer:
 def make_episode(folder: Path, model: str, loss: str, threads: int) -> InlineStages:
     """A run whose first episode is sampled and scored."""
     episode = EPISODES[model]
-    save_random_model(model, folder / "student", eos_token_id=1)
+    save_random_model(model, folder / "student")
     byte_tokenizer().save_pretrained(folder / "student")
     lines = (json.dumps({"prompt": f"sort {index:09d}:"}) + "\n" for index in range(episode["prompts"]))
     (folder / "prompts.jsonl").write_text("".join(lines))

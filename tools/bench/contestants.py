@@ -127,9 +127,6 @@ def trl_distillation(spec: Spec, watch: Watch) -> dict[str, int]:
         processing_class=AutoTokenizer.from_pretrained(spec["student"], padding_side="left"),
         optimizers=_optimizer(student, spec),
     )
-    if spec["stop_token_ids"]:
-        trainer.eos_token_ids = spec["stop_token_ids"]
-        trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = spec["stop_token_ids"]
     return _train(trainer, spec, watch, counts)
 
 
@@ -169,8 +166,6 @@ def trl_gkd(spec: Spec, watch: Watch) -> dict[str, int]:
         processing_class=tokenizer,
         optimizers=_optimizer(student, spec),
     )
-    if spec["stop_token_ids"]:
-        trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = spec["stop_token_ids"]
     return _train(trainer, spec, watch, counts)
 
 

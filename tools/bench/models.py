@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from opd_cache.quickstart.sort_letters import byte_tokenizer
 
-VOCABULARY = 151_936
+VOCABULARY, EOS = 151_936, 1
 SHAPES: dict[str, dict[str, Any]] = {
     # 0.4 M parameters.
     "quickstart": {
@@ -37,16 +37,32 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save_random_model(shape: str, folder: Path, seed: int = 0, **options: Any) -> Qwen2ForCausalLM:
-    """A Qwen2-shaped model with random weights, tied head and a context of 2,048 tokens, saved into the folder."""
+def save_random_model(shape: str, folder: Path, seed: int = 0, endless: bool = False) -> Qwen2ForCausalLM:
+    """A Qwen2-shaped model with random weights, tied head and a context of 2,048 tokens, saved into the folder.
+
+    endless: it never samples its EOS, so that every response has the length that is asked for.
+    """
     torch.manual_seed(seed)
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=True, **options)
+    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=EOS)
     model = Qwen2ForCausalLM(config)
+    if endless:
+        _never_sample(model, EOS)
     model.save_pretrained(folder)
     return model
 
 
-def save_tokenizer(size: int, folder: Path) -> PreTrainedTokenizerFast:
+@torch.no_grad()
+def _never_sample(model: Qwen2ForCausalLM, token: int) -> None:
+    """Put the token 25 nats below the others: dimension 0 of the residual stream comes from the embeddings alone, and
+    there the token is their opposite."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    model.model.embed_tokens.weight[:, 0] = 2.0
+    model.model.embed_tokens.weight[token, 0] = -2.0
+
+
+def save_tokenizer(size: int, folder: Path) -> None:
     """The quickstart's, one token a byte, with unused names up to that many tokens, saved into the folder."""
     content = json.loads(byte_tokenizer().backend_tokenizer.to_str())
     names = content["model"]["vocab"]
@@ -56,7 +72,6 @@ def save_tokenizer(size: int, folder: Path) -> PreTrainedTokenizerFast:
         pad_token="<pad>", eos_token="<eos>", unk_token="<pad>", padding_side="left",
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def write_prompts(path: Path, count: int) -> None:

@@ -41,7 +41,6 @@ NAMES = ("opd-cache", "opd-cache-apart", "trl-distillation", "trl-gkd")
 DEFAULT = ("opd-cache", "trl-distillation", "trl-gkd")
 REPLAY = ["learn.loss.name=jsd_topk", "learn.learning_rate=1e-3"]
 EPISODES = {"letters": 12, "vocabulary": 1}
-NO_EOS = VOCABULARY  # no such token: responses run to their full length, in every contestant
 
 
 def letters(folder: Path, options: argparse.Namespace) -> list[str]:
@@ -54,8 +53,8 @@ def letters(folder: Path, options: argparse.Namespace) -> list[str]:
 def vocabulary(folder: Path, options: argparse.Namespace) -> list[str]:
     """Random models with a vocabulary of 151,936; steps of 8 rollouts, 4 of a prompt, two steps an episode."""
     for seed, name in enumerate(("student", "teacher")):
-        tokenizer = save_tokenizer(VOCABULARY, folder / name)
-        save_random_model("vocabulary", folder / name, seed=seed, eos_token_id=tokenizer.eos_token_id)
+        save_tokenizer(VOCABULARY, folder / name)
+        save_random_model("vocabulary", folder / name, seed=seed, endless=True)
     write_prompts(folder / "prompts.jsonl", 4 * options.episodes)
     recipe = {
         "num_episodes": options.episodes, "torch_threads": options.threads,
@@ -63,7 +62,7 @@ def vocabulary(folder: Path, options: argparse.Namespace) -> list[str]:
         "teachers": {"main": {"model": f"{folder}/teacher", "device": "cpu", "dtype": "float32"}},
         "prompts": {"path": f"{folder}/prompts.jsonl"},
         "rollout": {"prompts_per_episode": 4, "n_samples_per_prompt": 4, "prompts_per_shard": 4,
-                    "max_new_tokens": options.tokens, "stop_token_ids": [NO_EOS]},
+                    "max_new_tokens": options.tokens},
         "score": {"top_k": 8},
         "learn": {"loss": {"name": "reverse_kl_topk"}, "train_batch_size": 8, "learning_rate": 1e-5, "lr_schedule": "linear"},
     }  # fmt: skip
@@ -90,7 +89,7 @@ def shared_spec(folder: Path, arguments: list[str], options: argparse.Namespace)
     return {
         "student": recipe.student.model, "teacher": recipe.teachers["main"].model, "prompts": f"{folder}/planned.jsonl",
         "steps": rollouts // batch, "batch": batch, "gkd_micro_batch": min(batch, options.gkd_micro_batch or batch),
-        "max_new_tokens": recipe.rollout.max_new_tokens, "stop_token_ids": recipe.rollout.stop_token_ids,
+        "max_new_tokens": recipe.rollout.max_new_tokens,
         "learning_rate": learn.learning_rate, "warmup_steps": learn.warmup_steps, "max_grad_norm": learn.max_grad_norm,
         "betas": [learn.adam_beta1, learn.adam_beta2], "seed": recipe.seed, "threads": options.threads, "replay": REPLAY,
     }  # fmt: skip

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import SHAPES, save_random_model, save_tokenizer, write_prompts
+from models import EOS, SHAPES, save_random_model, save_tokenizer, write_prompts
 
 from opd_cache.models import padded
 from opd_cache.prompts.intake import read_prompt_ids
@@ -39,15 +39,14 @@ VLLM = {"kv_cache_memory_bytes": 1 << 29, "block_size": 32, "max_num_seqs": 64, 
 
 def make_recipe(folder: Path, shape: str, engine: str, prompts: int, tokens: int, samples: int, threads: int) -> str:
     """A recipe, its model and its prompts of 180 to 220 tokens; no response ends before its length."""
-    size = SHAPES[shape]["vocab_size"]
-    tokenizer = save_tokenizer(size, folder / "model")
-    save_random_model(shape, folder / "model", eos_token_id=tokenizer.eos_token_id)
+    save_tokenizer(SHAPES[shape]["vocab_size"], folder / "model")
+    save_random_model(shape, folder / "model", endless=True)
     write_prompts(folder / "prompts.jsonl", prompts)
     model = {"model": f"{folder}/model", "device": "cpu", "dtype": "float32"}
     recipe = {
         "torch_threads": threads, "student": model, "teachers": {"main": model}, "prompts": {"path": f"{folder}/prompts.jsonl"},
         "rollout": {"sampler": engine, "vllm": VLLM, "prompts_per_episode": prompts, "n_samples_per_prompt": samples,
-                    "prompts_per_shard": prompts, "max_new_tokens": tokens, "stop_token_ids": [size]},
+                    "prompts_per_shard": prompts, "max_new_tokens": tokens},
         "score": {"scorer": engine, "vllm": VLLM},
         "learn": {"train_batch_size": prompts * samples},
     }  # fmt: skip
@@ -62,19 +61,19 @@ def stage_seconds(recipe: str, sampler: Any, run_dir: Path) -> float:
     return time.perf_counter() - start
 
 
-def generate_hf(sampler: Any, prompts: list[np.ndarray], tokens: int, samples: int, no_eos: int) -> None:
+def generate_hf(sampler: Any, prompts: list[np.ndarray], tokens: int, samples: int) -> None:
     """What people call: one batch, left-padded."""
     rows = [prompt for prompt in prompts for _ in range(samples)]
     ids, mask = padded(rows, "left", torch.device("cpu"))
     with torch.inference_mode():
         found = sampler.model.module.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=tokens,
-            eos_token_id=no_eos, pad_token_id=0,
+            eos_token_id=EOS, pad_token_id=0,
         )  # fmt: skip
     assert found.shape == (len(rows), ids.shape[1] + tokens)
 
 
-def generate_vllm(sampler: Any, prompts: list[np.ndarray], tokens: int, samples: int, no_eos: int) -> None:
+def generate_vllm(sampler: Any, prompts: list[np.ndarray], tokens: int, samples: int) -> None:
     from vllm import SamplingParams
 
     sampler.loaded.forget_prefixes()
@@ -87,7 +86,7 @@ def generate_vllm(sampler: Any, prompts: list[np.ndarray], tokens: int, samples:
 def rates(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the stage and of its engine alone, and the ratio of their rates."""
     with tempfile.TemporaryDirectory() as name:
-        folder, size = Path(name), SHAPES[options.model]["vocab_size"]
+        folder = Path(name)
         recipe = make_recipe(
             folder, options.model, options.engine, options.prompts, options.tokens, options.samples, options.threads
         )
@@ -99,7 +98,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         alone = {"hf": generate_hf, "vllm": generate_vllm}[options.engine]
         ways: dict[str, Callable[[int], float]] = {
             "stage": lambda repeat: stage_seconds(recipe, sampler, folder / f"run-{repeat}"),
-            "alone": lambda _: _timed(lambda: alone(sampler, prompts, options.tokens, options.samples, size)),
+            "alone": lambda _: _timed(lambda: alone(sampler, prompts, options.tokens, options.samples)),
         }
         ways["alone"](0)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
