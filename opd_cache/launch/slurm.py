@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,13 @@ class QueuedTasks:
         """The ids of the jobs that it still waits for."""
         return set(re.findall(r"afterok:(\d+)", self.dependency))
 
-    def makes(self, shard: int) -> bool:
-        return shard % self.width in self.tasks
+
+def made_by(rows: Iterable[QueuedTasks]) -> Callable[[int], bool]:
+    """Whether one of these tasks makes a shard. The queue has a row for every running task, but only few widths."""
+    tasks: dict[int, set[int]] = {}
+    for row in rows:
+        tasks.setdefault(row.width, set()).update(row.tasks)
+    return lambda shard: any(shard % width in mine for width, mine in tasks.items())
 
 
 def job_label(run_path: Path) -> str:

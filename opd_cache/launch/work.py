@@ -35,10 +35,12 @@ class Work:
 def unfinished_work(recipe: Recipe, run: RunDir) -> list[Work]:
     """Every stage of every episode of the recipe, in an order in which they can be done."""
     works: list[Work] = []
+    undone: set[Key] = set()
     for work in _all_work(recipe, run):
-        undone = {earlier.key for earlier in works if not earlier.is_done}
         after = tuple(key for key in work.after if key in undone)
         works.append(Work(work.stage, work.number, work.num_shards, work.missing, after))
+        if not work.is_done:
+            undone.add(work.key)
     return works
 
 

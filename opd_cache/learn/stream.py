@@ -37,7 +37,7 @@ def planned_rows(sources: Sequence[Source], epochs: int, cursor: int) -> Iterato
 
 
 def _one_epoch(sources: Sequence[Source], start: int) -> Iterator[Joined]:
-    taken, order = [0] * len(sources), _merged(sources)
+    taken, order = [0] * len(sources), merged(sources)
     skip = start
     for index, count in order:
         if skip < count:
@@ -70,7 +70,7 @@ def _source_rows(source: Source, start: int) -> Iterator[Joined]:
             yield from marked_rows(rows, teaching, condition, rollouts, shard, source.prompts)
 
 
-def _merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
+def merged(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
     """(source, rows): whole prompts, from the source that is least far, so that every batch holds its share of each."""
     if len(sources) == 1:
         yield 0, sources[0].num_rows

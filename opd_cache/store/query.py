@@ -31,6 +31,7 @@ Connection = duckdb.DuckDBPyConnection
 Runs = str | Path | Mapping[str, str | Path]
 
 ROWS_PER_FETCH = 10_000
+ROWS_PER_INSERT = 1_000
 OLDEST_CLIENT = "v1.3.0"  # that opens an exported database
 RUN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_NAMES = {"main", "temp", "system", "information_schema", "pg_catalog"}
@@ -96,7 +97,12 @@ def make_views(connection: Connection, found: RunFiles, schema: str) -> None:
     # As JSON: registering an Arrow table loads pandas where it is installed, 0.3 s.
     structure = json.dumps([dict(sql_types(SHARDS))])
     rows = f"SELECT unnest(from_json(?, {quoted(structure)}), recursive := true)"
-    connection.execute(f'CREATE TABLE "{schema}".shards AS {rows}', [json.dumps(shard_rows(found))])
+    connection.execute(f'CREATE TABLE "{schema}".shards AS {rows}', ["[]"])
+    # 20,000 rows from one JSON text took 0.4 GB.
+    shards = shard_rows(found)
+    for start in range(0, len(shards), ROWS_PER_INSERT):
+        batch = json.dumps(shards[start : start + ROWS_PER_INSERT])
+        connection.execute(f'INSERT INTO "{schema}".shards {rows}', [batch])
 
 
 def _set_limits(connection: Connection, memory: str) -> None:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from models import save_random_model
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd_cache.config import ModelConfig, RolloutConfig, ScoreConfig, TeacherConfig
 from opd_cache.learn.batch import global_batches, micro_batches
@@ -42,17 +41,6 @@ from opd_cache.score.scores import ScoreRequest, TokenScores
 from opd_cache.store.join import Joined
 from opd_cache.store.plans import SamplingPlan
 
-# The quickstart's student and episode; and a body of 17 M parameters with responses of a useful length.
-MODELS: dict[str, dict[str, Any]] = {
-    "quickstart": {
-        "vocab_size": 258, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    },
-    "medium": {
-        "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,
-        "num_attention_heads": 8, "num_key_value_heads": 2,
-    },
-}  # fmt: skip
 EPISODES = {
     "quickstart": {"prompts": 640, "batch": 64, "response": 16, "passes": 7},
     "medium": {"prompts": 40, "batch": 4, "response": 128, "passes": 4},
@@ -109,10 +97,8 @@ class RandomScorer:
 
 def make_episode(folder: Path, model: str, loss: str, threads: int) -> InlineStages:
     """A run whose first episode is sampled and scored."""
-    torch.manual_seed(0)
-    shape, episode = MODELS[model], EPISODES[model]
-    config = Qwen2Config(**shape, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=1)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "student")
+    episode = EPISODES[model]
+    save_random_model(model, folder / "student")
     byte_tokenizer().save_pretrained(folder / "student")
     lines = (json.dumps({"prompt": f"sort {index:09d}:"}) + "\n" for index in range(episode["prompts"]))
     (folder / "prompts.jsonl").write_text("".join(lines))
@@ -210,7 +196,7 @@ def measure(model: str, loss: str, threads: int, passes: int | None) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, help="default: each in turn")
+    parser.add_argument("--model", choices=EPISODES, help="default: each in turn")
     parser.add_argument("--loss", default="reverse_kl_topk")
     parser.add_argument("--passes", type=int, help="over the episode, each way, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
@@ -218,7 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     found = [
         measure(model, options.loss, options.threads, options.passes)
-        for model in ([options.model] if options.model else MODELS)
+        for model in ([options.model] if options.model else EPISODES)
     ]
     if options.json:
         print(json.dumps(found))

@@ -22,7 +22,7 @@ MAKE = Path(__file__).parent.parent / "make_big_run.py"
 
 def measure(tokens: int) -> list[dict[str, Any]]:
     """Seconds of each stage of a made run, and of its health checks."""
-    made, seconds = _load(), defaultdict(float)
+    made, seconds = maker(), defaultdict(float)
 
     def timed(call: Callable, name: str) -> Callable:
         def timed_call(*arguments: Any) -> Any:
@@ -46,7 +46,7 @@ def measure(tokens: int) -> list[dict[str, Any]]:
     return [{"stage": name, "seconds": totals[name], "health_s": spent, "share": spent / totals[name]} for name, spent in rows]  # fmt: skip
 
 
-def _load() -> ModuleType:
+def maker() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_big_run", MAKE)
     assert spec is not None
     assert spec.loader is not None

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from models import VOCABULARY, save_random_model
+from transformers import Qwen2ForCausalLM
 
 from opd_cache.config import LearnConfig, ModelConfig, Recipe
 from opd_cache.learn.batch import micro_batches
@@ -31,21 +32,13 @@ from opd_cache.learn.step import Trainer
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
-VOCAB = 151_936
 # As many as the default token budget takes in one micro-batch, so that neither side splits the batch.
 SEQUENCES, PROMPT, RESPONSE = 12, (150, 250), (200, 400)
-BODY = {
-    "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-}  # fmt: skip
 
 
 def make_model(folder: Path) -> dict[str, float]:
     """Save a random model; its parameters in millions."""
-    torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=VOCAB, max_position_embeddings=2048, tie_word_embeddings=True, **BODY)
-    model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
+    model = save_random_model("vocabulary", folder)
     body = sum(parameter.numel() for parameter in model.model.layers.parameters())
     return {"body": body / 1e6, "all": sum(parameter.numel() for parameter in model.parameters()) / 1e6}
 
@@ -54,7 +47,9 @@ def make_rows() -> list[Joined]:
     rng = np.random.default_rng(0)
     rows = []
     for sample in range(SEQUENCES):
-        prompt, response = (rng.integers(0, VOCAB, rng.integers(*size)).astype(np.int32) for size in (PROMPT, RESPONSE))
+        prompt, response = (
+            rng.integers(0, VOCABULARY, rng.integers(*size)).astype(np.int32) for size in (PROMPT, RESPONSE)
+        )
         sampling, teacher = (-rng.uniform(11, 13, len(response)).astype(np.float32) for _ in range(2))
         rollout = Rollout(f"0/0/{sample}", 0, sample, prompt, response, sampling, "stop", 0)
         topk = np.zeros((len(response), 0))
@@ -164,7 +159,7 @@ def report(runs: dict[str, list[dict[str, Any]]], sizes: dict[str, float], optio
     }
     tokens = [(len(rollout.prompt_ids), len(rollout.response_ids)) for rollout, _ in make_rows()]
     about = {
-        "vocabulary": VOCAB, "million_parameters": sizes, "threads": options.threads, "repeats": options.repeats, "checkpointing": options.checkpointing,
+        "vocabulary": VOCABULARY, "million_parameters": sizes, "threads": options.threads, "repeats": options.repeats, "checkpointing": options.checkpointing,
         "sequences": len(tokens), "prompt_tokens": sum(p for p, _ in tokens), "response_tokens": sum(r for _, r in tokens),
     }  # fmt: skip
     if options.json:

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from models import SHAPES, save_random_model
+from transformers import Qwen2ForCausalLM
 
 from opd_cache.config import ScoreConfig, TeacherConfig, VllmOptions
 from opd_cache.score.scorers.hf import HFScorer
@@ -31,25 +32,9 @@ from opd_cache.score.scorers.vllm import VllmScorer
 from opd_cache.score.scores import ScoreRequest
 from opd_cache.vllm_engine import parameters
 
-MODELS: dict[str, dict[str, Any]] = {
-    "small": {
-        "vocab_size": 258, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 2,
-    },
-    "vocabulary": {
-        "vocab_size": 151_936, "hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 8,
-        "num_attention_heads": 12, "num_key_value_heads": 2,
-    },
-}  # fmt: skip
 PROMPTS = {"small": 6, "vocabulary": 2}
 SAMPLES = 8
 NAIVE_BATCH = 8
-
-
-def make_model(folder: Path, shape: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, max_position_embeddings=1024, tie_word_embeddings=True)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def make_requests(vocab_size: int, prompts: int) -> list[ScoreRequest]:
@@ -137,9 +122,9 @@ RATIOS = (
 
 def measure(model: str, dtype: str, names: Sequence[str], repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name), MODELS[model])
+        save_random_model(model, Path(name))
         variants = Variants(Path(name), dtype)
-        rows = make_requests(MODELS[model]["vocab_size"], PROMPTS[model])
+        rows = make_requests(SHAPES[model]["vocab_size"], PROMPTS[model])
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats + 1):
             for variant in names:
@@ -164,7 +149,7 @@ def measure(model: str, dtype: str, names: Sequence[str], repeats: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, help="default: each in turn")
+    parser.add_argument("--model", choices=PROMPTS, help="default: each in turn")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="VARIANT")
     parser.add_argument("--repeats", type=int, default=3)
@@ -174,7 +159,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     found = [
         measure(model, options.dtype, options.only, options.repeats)
-        for model in ([options.model] if options.model else MODELS)
+        for model in ([options.model] if options.model else PROMPTS)
     ]
     if options.json:
         print(json.dumps(found))

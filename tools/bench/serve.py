@@ -21,6 +21,8 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from peaks import peak_bytes
+
 from opd_cache.report.page import static_files
 
 MAKE = Path(__file__).parent.parent / "make_big_run.py"
@@ -88,7 +90,7 @@ def measure(run: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
         )
         rows.append(row("token view", list(token_views(client, run.name, repeats))))
         rows.append(row("health", [timed(client.ask, "health") for _ in range(repeats)]))
-        return [*rows, {"question": "peak memory of the server", "gb": peak_gb(pid)}]
+        return [*rows, {"question": "peak memory of the server", "gb": peak_bytes(pid) / 1e9}]
 
 
 def token_views(client: Client, run: str, repeats: int) -> Iterator[float]:
@@ -101,11 +103,6 @@ def token_views(client: Client, run: str, repeats: int) -> Iterator[float]:
 
 def row(question: str, seconds: list[float]) -> dict[str, Any]:
     return {"question": question, "median_s": median(seconds), "longest_s": max(seconds), "target_s": TARGETS_S.get(question)}  # fmt: skip
-
-
-def peak_gb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6
 
 
 def main() -> None:
