@@ -1,6 +1,6 @@
 """The learn stage: stream the joined shards in planned order, one optimizer step a global batch, publish the policy."""
 
-import contextlib
+import filecmp
 import json
 import logging
 import os
@@ -45,7 +45,7 @@ from opd_cache.stall import note_progress, phase
 from opd_cache.stop import StopRequest, noted_signals
 from opd_cache.store.join import Joined
 from opd_cache.store.manifest import check_files
-from opd_cache.store.publish import fsync_folder, make_folder, publish_json
+from opd_cache.store.publish import fsync_folder, make_folder, publish_json, temporary_beside
 from opd_cache.store.shards import write_table
 
 log = logging.getLogger(__name__)
@@ -298,8 +298,10 @@ def _link_steps(run: Run, episode: int) -> None:
     """learn/steps.parquet is the policy's own record of its steps, under the name where queries look."""
     final = run.dir.steps(episode)
     source = run.dir.policy_after(episode) / TRAINER / STEPS
-    if not final.exists() and source.exists():
+    if source.exists() and not (final.exists() and filecmp.cmp(final, source, shallow=False)):
         make_folder(final.parent)
-        with contextlib.suppress(FileExistsError):
-            os.link(source, final)
+        # What is there may be the record of a policy that was removed, and has been learned anew.
+        temporary = temporary_beside(final)
+        os.link(source, temporary)
+        os.replace(temporary, final)
         fsync_folder(final.parent)
