@@ -12,6 +12,7 @@ from typing import Any
 
 from opd_cache.errors import ConfigError, OpdCacheError, TryAgainError
 from opd_cache.run_dir import FAILED_SHARD, RolloutSet, RunDir
+from opd_cache.shortage import shortage
 from opd_cache.store.publish import replace_file
 from opd_cache.store.shards import ShardSet
 
@@ -53,6 +54,8 @@ class ShardAttempts:
         except (ConfigError, TryAgainError, MemoryError):
             raise
         except Exception as error:
+            if shortage(error) is not None:
+                raise
             self._write_down(shard, error)
             if len(self.failed) == FAILURES_BEFORE_STOP < self.num_shards:
                 self.check(", and no more were tried")

@@ -1,5 +1,6 @@
 """The learn stage: stream the joined shards in planned order, one optimizer step a global batch, publish the policy."""
 
+import filecmp
 import json
 import logging
 import time
@@ -297,5 +298,8 @@ def _link_steps(run: Run, episode: int) -> None:
     """learn/steps.parquet is the policy's own record of its steps, under the name where queries look."""
     final = run.dir.steps(episode)
     source = run.dir.policy_after(episode) / TRAINER / STEPS
-    if not final.exists() and source.exists():
-        publish_link(source, final)
+    if not source.exists():
+        return
+    if final.exists() and not filecmp.cmp(final, source, shallow=False):
+        final.unlink()  # the record of a policy that was removed, and has been learned anew
+    publish_link(source, final)

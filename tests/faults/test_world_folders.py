@@ -128,7 +128,7 @@ OBSTACLES = {
         "episode=1/scores", "episode=1/scores/teacher=main", "episode=1/scores/teacher=main/plan.json",
         "episode=1/scores/teacher=main/shard-00000-of-00003.parquet",
     ),
-    "learn --episode 1": ("episode=1/learn", "episode=1/learn/plan.json", "episode=1/policy", "episode=1/learn/steps.parquet"),
+    "learn --episode 1": ("episode=1/learn", "episode=1/learn/plan.json", "episode=1/policy"),
     "eval --policy-version 2": ("evals/policy=2", "evals/policy=2/results.parquet", "evals/policy=2/summary.json"),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_too_few_open_files_are_named(
     faults: FaultLog, commands: WarmCommands, whole_run: Path, recipe: list[str], tmp_path: Path, command: str
 ) -> None:
     statuses = {}
-    for limit in limits([7, 10, 14], range(6, 40)):
+    for limit in limits([4, 8], range(4, 40)):
         with faults.trial(FILES, f"{command}: {limit} files"):
             ended = try_limit(commands, whole_run, recipe, tmp_path / "run", command, limits={"NOFILE": limit})
             statuses[limit] = ended.status

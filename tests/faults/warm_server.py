@@ -20,6 +20,7 @@ import signal
 import sys
 import traceback
 
+import pandas  # noqa: F401 (pyarrow wants it late, when another user may not be allowed to read it)
 import torch
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen2.tokenization_qwen2  # noqa: F401
@@ -66,21 +67,22 @@ def child(job: dict) -> None:
     if "do_at" in job:
         operation, part, count, path = job["do_at"]
         at(operation, part, count, lambda: shutil.rmtree(path))
-    for name, value in job.get("limits", {}).items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     faulthandler.dump_traceback_later(HANGS_S, exit=True)
     sys.argv = ["opd-cache", *job["arguments"]]
-    status = 0
+    status = 1
     try:
+        for name, value in job.get("limits", {}).items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         cli.main()
+        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def ended(status: int) -> dict:
