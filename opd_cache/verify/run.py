@@ -1,5 +1,6 @@
 """Working off all checks of a run on all cores, and moving what they found out of the run."""
 
+import itertools
 import json
 import os
 import time
@@ -111,5 +112,5 @@ def _outermost(paths: set[Path]) -> Sequence[Path]:
 
 
 def _free_name(path: Path) -> Path:
-    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 1_000_000)))
-    return next(name for name in names if not os.path.lexists(name))
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
