@@ -151,7 +151,7 @@ def test_no_more_than_five_differences_are_named(tmp_path):
 
 
 def test_only_the_compared_keys_of_json_must_agree(tmp_path):
-    final = tmp_path / "run.json"
+    final = tmp_path / "facts.json"
     publish_json(final, {"seed": 1, "host": "a"}, "the run", "", compare=("seed",))
     publish_json(final, {"seed": 1, "host": "b"}, "the run", "", compare=("seed",))
     with pytest.raises(MismatchError, match="seed = 1, now 3"):
