@@ -19,7 +19,7 @@ RANK = "a rank of two killed, late or stuck"
 LATE_S = 2.0
 SETTINGS = (
     "learn.train_batch_size=6", "learn.epochs_per_episode=2", "learn.checkpoint_every_steps=1", "learn.keep_every=1",
-    "learn.collective_timeout_s=6", "eval.path=null",
+    "eval.path=null",
 )  # fmt: skip
 
 
@@ -27,16 +27,17 @@ SETTINGS = (
 def ranks(commands: WarmCommands, recipe: list[str]) -> Callable[..., list[Started]]:
     """Both ranks of the second episode, as torchrun would start them; rank 0 stops itself at the `stop_at` of its job."""
 
-    def start(**job: object) -> list[Started]:
+    def start(timeout_s: float = 200, **job: object) -> list[Started]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        settings = [*SETTINGS, f"learn.collective_timeout_s={timeout_s}"]
         started = []
         for rank in ("0", "1"):
             variables = {**meeting, "RANK": rank, "LOCAL_RANK": rank}
             mine = job if rank == "0" else {}
-            started.append(commands.start("learn", *recipe, *SETTINGS, "--episode", 1, environment=variables, **mine))
+            started.append(commands.start("learn", *recipe, *settings, "--episode", 1, environment=variables, **mine))
         return started
 
     return start
@@ -115,7 +116,7 @@ def test_a_rank_that_is_stuck_ends_the_other_in_time_and_both_go_on(
     faults: FaultLog, ranks: Callable[..., list[Started]], unlearned: Path, learned_by_two: Path, victim: int
 ) -> None:
     with faults.trial(RANK, f"rank {victim} stuck"):
-        both = ranks(stop_at=AT["checkpoint 4"])
+        both = ranks(timeout_s=6, stop_at=AT["checkpoint 4"])
         assert both[0].halts()
         if victim == 1:
             os.kill(both[1].pid, signal.SIGSTOP)
