@@ -19,6 +19,7 @@ PASSING = {errno.ESTALE}
 FAILING = {errno.EIO, errno.EROFS}
 UNPUBLISHED = "Nothing unfinished was published"
 TOLD_ERRNO = re.compile(r"\((?:os error )?(\d+)\)")
+ARROW_CLOSE = "error closing file"  # all that Arrow says of it
 PIECE_BYTES = 1 << 20
 
 
@@ -41,6 +42,8 @@ def _numbers(error: BaseException) -> Iterator[int]:
     known = NO_SPACE | PASSING | FAILING
     if isinstance(error, OSError) and error.errno in known:
         yield error.errno
+    if str(error) == ARROW_CLOSE:
+        yield errno.EIO
     numbers = map(int, TOLD_ERRNO.findall(str(error)))
     yield from (number for number in numbers if number in known and os.strerror(number) in str(error))
 
