@@ -402,9 +402,9 @@ def main() -> None:
         if (lacking := shortage(error)) is not None:
             message = f"{lacking}. Nothing unfinished was published; the same command goes on once there is more."
             _stop(TryAgainError.__name__, message, TryAgainError.exit_status)
-        if not isinstance(error, OSError) or name is None:
-            raise
-        _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
+        if isinstance(error, OSError) and name is not None:
+            _stop(type(error).__name__, f"{name}: {error.strerror}.", 2)
+        raise
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command goes on from what is published.", err=True)
         sys.exit(130)

@@ -94,7 +94,6 @@ DURING = (
     ("score", ("open", "teacher=main/.shard-00002", 1), ""),
     ("learn", ("os.link", "learn/plan.json", 1), "episode=1/learn"),
     ("learn", ("os.rename", "/checkpoint-000001", 1), "episode=1/learn"),
-    ("learn", ("os.rename", "/policy", 1), "episode=1/scores"),
     ("learn", ("os.rename", "/policy", 1), "episode=1"),
     ("learn", ("os.rename", "/policy", 1), ""),
 )
