@@ -136,6 +136,9 @@ def _set_checks(known: Known, target: RolloutSet, prompts: _PromptHashes, is_eva
         learned = _learned_from(known, target)
         is_used = bool(learned)
     seal = yield from _seal_checks(rollouts, is_used or any((folder / PLAN).exists() for folder in folders))
+    for name in sorted(set(learned) - {folder.name for folder in folders}):
+        path, teacher = target.path / "scores" / name, name.partition(",")[0].removeprefix("teacher=")
+        yield broken(path, gone(path, "the episode was learned from it"), (), stage_command("score", target, teacher))
     scores: list[Sealed] = []
     for folder in folders:
         part = yield from _score_part(known, target, plan, folder, folder.name in learned)

@@ -101,3 +101,14 @@ def test_the_commands_name_the_damage_and_move_it(copied: Path) -> None:
     assert "make it anew: opd-cache score RECIPE --episode 0 --teacher main" in mended.stdout
     assert (copied / "quarantine" / SCORES).exists()
     assert run_command("verify", copied.parent).returncode == 2
+
+
+def test_scores_that_an_episode_was_learned_from_are_missed_when_they_are_gone(
+    copied: Path, finished_run: Run, make_recipe: Callable[..., Recipe]
+) -> None:
+    shutil.rmtree(copied / "episode=0/scores")
+    (found,) = verify_run(copied).findings
+    assert found.problem == f"{copied}/episode=0/scores/teacher=main: missing, though the episode was learned from it"
+    assert (found.moves, found.again) == ((), ("opd-cache score RECIPE --episode 0 --teacher main",))
+    InlineStages(open_run(make_recipe(copied))).score(0)
+    assert data_files(copied) == data_files(finished_run.dir.path)
