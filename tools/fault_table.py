@@ -3,7 +3,9 @@
 python tools/fault_table.py            every fault (FAULTS=full): hours on two cores
 python tools/fault_table.py --ci       the set that represents them, as the tests' own run has it
 python tools/fault_table.py --write    docs/fault-table.md too
-Further arguments go to pytest. Exit status 1 when any fault was not survived.
+python tools/fault_table.py --log DIR tests/faults/test_kills.py    a part; of what DIR holds by then the table is made
+Further arguments go to pytest; --log DIR --no-tests only makes the table. A fault that was tried again counts once, as it
+ended last. Exit status 1 when any fault was not survived.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = REPOSITORY / "docs" / "fault-table.md"
-# Outcomes of tests/faults/fault_log.py, and their columns.
+# Outcomes of tests/fault_log.py, and their columns.
 COLUMNS = {"survived": "survived", "lost": "data lost", "silent": "silent errors", "failed": "other failures"}
 Table = dict[str, Counter[str]]  # outcomes by row
 
@@ -25,16 +27,21 @@ Table = dict[str, Counter[str]]  # outcomes by row
 def run_tests(log: Path, is_full: bool, arguments: list[str]) -> int:
     environment = {**os.environ, "FAULT_LOG": str(log), "FAULTS": "full" if is_full else ""}
     # Two at a time; the tests of a file share what is expensive to make.
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "tests/faults", *arguments]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments]
+    if not any(argument.startswith("tests/") for argument in arguments):
+        command += ["tests/faults", "tests/doors"]
     return subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=sys.stderr).returncode
 
 
 def read_log(log: Path) -> Table:
-    table: Table = {}
-    for path in sorted(log.glob("*.jsonl")):
+    ends: dict[tuple[str, str], str] = {}
+    for path in sorted(log.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            table.setdefault(entry["row"], Counter())[entry["outcome"]] += 1
+            ends[entry["row"], entry["fault"]] = entry["outcome"]
+    table: Table = {}
+    for (row, _), outcome in ends.items():
+        table.setdefault(row, Counter())[outcome] += 1
     return dict(sorted(table.items()))
 
 
@@ -60,10 +67,14 @@ def main() -> None:
     parser.add_argument("--ci", action="store_true", help="only a set that represents all faults")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--write", action="store_true", help=f"also write {PAGE.relative_to(REPOSITORY)}")
+    parser.add_argument("--log", type=Path, metavar="DIR", help="keep what happened here, beside what is there")
+    parser.add_argument("--no-tests", action="store_true", help="only read --log")
     options, arguments = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        status = run_tests(Path(folder), not options.ci, arguments)
-        table = read_log(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.log or Path(name)
+        folder.mkdir(exist_ok=True)
+        status = 0 if options.no_tests else run_tests(folder, not options.ci, arguments)
+        table = read_log(folder)
     text = markdown(table)
     print(json.dumps({"rows": table, "all": _total(table)}, indent=2) if options.json else text, end="\n")
     if options.write:
