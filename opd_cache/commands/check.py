@@ -24,7 +24,7 @@ def check(recipe: tuple[str, ...], as_json: bool) -> None:
     Example: opd-cache check gsm8k_qwen num_episodes=100
     """
     from opd_cache.capacity import check_space, space
-    from opd_cache.cli import load_recipe_arguments
+    from opd_cache.commands.running import load_recipe_arguments
     from opd_cache.run_dir import RunDir
 
     loaded = load_recipe_arguments(recipe)

@@ -22,7 +22,7 @@ def import_rollouts(arguments: tuple[str, ...], episode: int, format: str) -> No
 
     Example: opd-cache import my_recipe.yaml rollouts.jsonl --episode 0
     """
-    from opd_cache.cli import load_recipe_arguments
+    from opd_cache.commands.running import load_recipe_arguments
     from opd_cache.imports.formats import SUFFIXES
     from opd_cache.recipes import OVERRIDE
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from opd_cache.commands.query import FORMATS
-from opd_cache.errors import ConfigError
+from opd_cache.errors import ConfigError, visible
 from opd_cache.store.publish import publish_file
 from opd_cache.store.query import Answer
 
@@ -99,17 +99,19 @@ def _write_table(columns: list[str], rows: Rows, file: TextIO) -> None:
     text_console(file).print(table)
 
 
+def console() -> "Console":
+    """Standard output, for tables. Brackets in paths, names and texts are just brackets."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
 def text_console(file: TextIO) -> "Console":
     """For tables and texts. Brackets in them are just brackets, and only a terminal has an edge to fold at."""
     from rich.console import Console
 
     width = None if file.isatty() or "COLUMNS" in os.environ else WIDEST_TABLE
     return Console(file=file, markup=False, emoji=False, width=width)
-
-
-def visible(text: str) -> str:
-    """Line breaks, escape sequences and other characters that a terminal would act on, as Python writes them."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _write_csv(columns: list[str], rows: Rows, file: TextIO) -> None:

@@ -28,7 +28,7 @@ def submit(arguments: tuple[str, ...], dry_run: bool, episodes: str | None, foll
     Example: opd-cache submit quickstart single_node
     """
     from opd_cache.capacity import ALL_STAGES, open_fitting_run
-    from opd_cache.cli import quiet_libraries
+    from opd_cache.commands.running import quiet_libraries
     from opd_cache.launch.clusters import PREFIX, load_cluster
     from opd_cache.launch.submit import plan_submission, submission_rows
     from opd_cache.launch.submit import submit as send

@@ -59,7 +59,7 @@ def _deep_arguments(rows: int, seed: int, overrides: tuple[str, ...]) -> list[st
 
 
 def _verdict(run_dir: Path, overrides: tuple[str, ...], deep: bool, rows: int, seed: int) -> "Verdict":
-    from opd_cache.cli import quiet_libraries
+    from opd_cache.commands.running import quiet_libraries
     from opd_cache.logs import set_up_logging
     from opd_cache.verify.run import verify_deeply, verify_run
 

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from opd_cache.commands.output import visible
+from opd_cache.errors import visible
 from opd_cache.inspection.read import Response, Token, WorstToken
 
 # (teacher − student below this, style, words of the legend); in nats.

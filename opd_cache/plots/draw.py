@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, PercentFormatter
 
-from opd_cache.commands.output import visible
+from opd_cache.errors import visible
 from opd_cache.plots.data import Chosen, Curve, curve, positions, token_shares
 
 # Okabe and Ito's, without yellow, which is too light for a line.

@@ -26,7 +26,8 @@ import click  # noqa: E402
 from fault import CALLS  # noqa: E402
 
 from opd_cache import replay as _replay  # noqa: E402, F401
-from opd_cache.cli import cli, load_recipe_arguments, main  # noqa: E402
+from opd_cache.cli import cli, main  # noqa: E402
+from opd_cache.commands.running import load_recipe_arguments  # noqa: E402
 from opd_cache.evals import stage as _evals  # noqa: E402, F401
 from opd_cache.learn import stage as _learn  # noqa: E402, F401
 from opd_cache.learn.engines import torch as _engine  # noqa: E402, F401
