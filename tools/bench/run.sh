@@ -44,10 +44,10 @@ measure() {
         if [ -e "$part" ]; then
             mv "$part" "$out/$name.json"
             cat "$printed" >&2
-            rm "$printed"
         else
-            mv "$printed" "$out/$name.json"
+            tail -n 1 "$printed" >"$out/$name.json" # before it, libraries may have said something
         fi
+        rm "$printed"
         echo "   $((SECONDS - start)) s" >&2
     else
         failed+=("$name")
