@@ -29,9 +29,9 @@ bench() { measure "$1" "$2" "$3" "$4" "$5" --json; }
 filed() { measure "$1" "$2" "$3" "$4" "$5" --json "$out/$1.json.part"; }
 measure() {
     local name=$1 options=$2 venv=$4 script=$5
+    if [ "$quick" ]; then options=$3; fi
     shift 5
     if [ ${#names[@]} -gt 0 ] && [[ " ${names[*]} " != *" $name "* ]]; then return; fi
-    if [ "$quick" ]; then options=$3; fi
     if [ ! -x "$venv/bin/python" ]; then
         echo "== $name: no $venv, see tools/install.sh" >&2
         failed+=("$name")
@@ -44,10 +44,10 @@ measure() {
         if [ -e "$part" ]; then
             mv "$part" "$out/$name.json"
             cat "$printed" >&2
-            rm "$printed"
         else
-            mv "$printed" "$out/$name.json"
+            tail -n 1 "$printed" >"$out/$name.json" # before it, libraries may have said something
         fi
+        rm "$printed"
         echo "   $((SECONDS - start)) s" >&2
     else
         failed+=("$name")
