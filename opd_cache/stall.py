@@ -1,5 +1,6 @@
 """A process in which nothing moves any more: nobody else can tell it from one that is slow."""
 
+import _thread
 import contextlib
 import os
 import sys
@@ -37,7 +38,8 @@ def stall_watch(timeout_s: float | None) -> Iterator[None]:
         return
     is_over = threading.Event()
     note_progress("the start")
-    threading.Thread(target=_watch, args=(timeout_s, is_over), daemon=True).start()
+    # Thread.start would wait for ever for a thread that found no memory to begin with.
+    _thread.start_new_thread(_watch, (timeout_s, is_over))
     try:
         yield
     finally:
