@@ -283,7 +283,7 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
                 won = True
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+                    raise OSError(error.errno, error.strerror, str(final)) from error
                 won = False
             fsync_path(final.parent)
             return won

@@ -3,6 +3,7 @@
 run.json → prompts → plan → rollout shards → seal → score plan → score shards → seal → learn plan → policy → next plan.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from opd_cache.verify.checks import (
     misplaced,
     raise_if_not_of_file,
     sealed_digest,
+    single,
     unchanged,
 )
 from opd_cache.verify.learning import check_policy, learn_checks
@@ -104,6 +106,8 @@ def _evaluation_checks(known: Known, folder: Path, prompts: _PromptHashes) -> It
             if content["subject"] != folder.name:
                 yield broken(summary, misplaced(summary, content["subject"], folder.name), (summary,), again)
             yield unchanged(results, content["results"], SUMMARY, (results, summary), again)
+    elif results.exists():
+        yield single(results, lambda: deque(read_row_groups(results), maxlen=0), (results,), again)
     for mode in MODES:
         yield from _set_checks(known, known.run.evaluation_set(folder.name, mode), prompts, is_evaluation=True)
 

@@ -65,5 +65,6 @@ def assert_survives(stages: Stages, stage: str, fault: Fault, status: int) -> No
             # No name is known of a file that fails when it is read or closed.
             assert str(run.parent) in ended.said or "a file of the run" in ended.said
         assert_intact(run, before)
-        assert temporaries(run) == []
+        if (fault.call, fault.action) != ("openat", "fail from here"):  # no folder can be removed without opening it
+            assert temporaries(run) == []
         assert_ends_as(run, undisturbed, lambda: stages.again(stage, run))

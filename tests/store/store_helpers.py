@@ -82,7 +82,15 @@ def rollout_set(
     reward: bool = False,
 ) -> ShardSet:
     """The rollout shards of episode 3."""
-    about = {"run_id": run_id, "stage": "rollout", "scope": "3", "plan": plan, "policy_version": 3}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64, "stop_token_ids": [1]}
+    about = {
+        "run_id": run_id,
+        "stage": "rollout",
+        "scope": "3",
+        "plan": plan,
+        "policy_version": 3,
+        "sampling": sampling,
+    }
     schema = rollouts_schema(raw_logprobs, reward)
     return ShardSet(run / "episode=3" / "rollouts", num_shards, schema, about, ROLLOUT_COMMAND)
 
