@@ -34,22 +34,22 @@ def run_command(stages: Stages, run: Path) -> list[str]:
 
 
 def kill_runs(
-    trial: Trial, kills: int, folder: Path, undisturbed: Path, run_for_a_while: Callable[[Path], int]
+    trial: Trial, kills: int, folder: Path, undisturbed: Path, run_for_a_while: Callable[[Path, bool], int]
 ) -> None:
-    """Kill a run again and again until it is through between two kills, then the next one; so many kills in all."""
+    """Kill a run again and again until it is through between two kills, then the next one; so many kills in all, and then
+    none. run_for_a_while: of a run, and whether it is to be killed."""
     number, run = 0, folder / "run-0"
     for kill in range(kills):
         with trial(f"{folder.name} {run.name}, kill {kill}"):
             before = published(run)
-            status = run_for_a_while(run)
+            status = run_for_a_while(run, True)
             assert status in (0, -signal.SIGKILL)
             if status == 0:
                 assert_complete(run, undisturbed)
                 number, run = number + 1, folder / f"run-{number + 1}"
             else:
                 assert_intact(run, before)
-    while run_for_a_while(run) != 0:
-        pass
+    assert run_for_a_while(run, False) == 0
     assert_complete(run, undisturbed)
 
 
@@ -59,8 +59,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
     undisturbed, seconds = whole_run
     rng = random.Random(1)
 
-    def run_for_a_while(run: Path) -> int:
-        after_s = rng.uniform(0.05, seconds)
+    def run_for_a_while(run: Path, is_killed: bool) -> int:
+        after_s = rng.uniform(0.05, seconds) if is_killed else None
         return stages.server.run(run_command(stages, run), run, kill_after_s=after_s).ended.status
 
     with every_fault(faults, ROW) as trial:
@@ -72,10 +72,10 @@ def test_a_command_killed_with_the_processes_of_its_stages_ends_with_the_same_by
 ) -> None:
     rng = random.Random(2)
 
-    def run_for_a_while(run: Path) -> int:
+    def run_for_a_while(run: Path, is_killed: bool) -> int:
         most = count_entries(run) + rng.randint(4, 40)
         command = opd_cache_command(*run_command(stages, run), "launcher=subprocess")
-        return run_until(command, lambda: count_entries(run) >= most)
+        return run_until(command, lambda: is_killed and count_entries(run) >= most)
 
     with every_fault(faults, ROW) as trial:
         kill_runs(trial, COMMAND_KILLS, stages.folder / "killed-commands", whole_run[0], run_for_a_while)
