@@ -146,8 +146,20 @@ class LanguageModel:
         """Next-token logits [N, V] in float32 of hidden states [N, H]."""
         return self.finished(self.head_output(hidden_NH))
 
-    def head_output(self, hidden_NH: Tensor) -> Tensor:
-        """What the LM head gives for hidden states [N, H], in its own dtype; `finished` makes logits of it."""
+    def head_buffer(self, num_rows: int) -> Tensor | None:
+        """Memory for `head_output` of so many rows, where to use it again saves a CPU a tenth of the product's time; on
+        a GPU the allocator does so by itself."""
+        if self.device.type != "cpu" or self._slow_head or type(self.head) is not torch.nn.Linear:
+            return None
+        if self.head.bias is not None:
+            return None
+        return torch.empty(num_rows, self.vocab_size, dtype=self.dtype)
+
+    def head_output(self, hidden_NH: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """What the LM head gives for hidden states [N, H], in its own dtype; `finished` makes logits of it. It lies in the
+        buffer, where there is one."""
+        if buffer is not None:
+            return torch.mm(hidden_NH, self.head.weight.t(), out=buffer[: len(hidden_NH)])
         if self._slow_head:
             bias_V = None if (bias := getattr(self.head, "bias", None)) is None else bias.float()
             return torch.nn.functional.linear(hidden_NH.float(), self.head.weight.float(), bias_V)

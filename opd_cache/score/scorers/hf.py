@@ -40,6 +40,7 @@ class HFScorer:
         self.teacher, self.options = teacher, options
         self.dtype = dtype_name(teacher)
         self._model: LanguageModel | None = None
+        self._buffer: Tensor | None = None  # of the head's output, a chunk of rows
 
     def fingerprint(self) -> str:
         return fingerprint_model(model_folder(self.teacher))
@@ -53,9 +54,10 @@ class HFScorer:
                 f"score.top_k = {self.options.top_k}, but teacher {self.teacher.model!r} has only {model.vocab_size} tokens."
             )
         self._model = model
+        self._buffer = model.head_buffer(self._chunk_rows(model))
 
     def close(self) -> None:
-        self._model = None
+        self._model = self._buffer = None
 
     @property
     def model(self) -> LanguageModel:
@@ -81,6 +83,10 @@ class HFScorer:
         for batch in _batches(scorable, self.options.max_tokens_per_batch, share):
             hidden_NH = self._hidden_shared(batch) if share else self._hidden_plain(batch)
             yield from _split(self._token_scores(hidden_NH, batch, top_k), batch)
+
+    def _chunk_rows(self, model: LanguageModel) -> int:
+        """Rows whose logits are there at once."""
+        return min(_rows_of(LOGITS_BUDGET, model.vocab_size), self.options.max_tokens_per_batch)
 
     def _shares_prompts(self, rows: Sequence[ScoreRequest]) -> bool:
         if self.options.share_prompts != "auto":
@@ -147,8 +153,8 @@ class HFScorer:
         wanted = [row.support_ids for row in rows if row.support_ids is not None]
         support_NK = torch.from_numpy(np.concatenate(wanted)).to(model.device, torch.int64) if wanted else None
         pieces = []
-        for chunk in _slices(0, len(hidden_NH), _rows_of(LOGITS_BUDGET, model.vocab_size)):
-            output_CV = model.head_output(hidden_NH[chunk])
+        for chunk in _slices(0, len(hidden_NH), self._chunk_rows(model)):
+            output_CV = model.head_output(hidden_NH[chunk], self._buffer)
             size = _rows_of(PIECE_BUDGET, model.vocab_size) if model.device.type == "cpu" else len(output_CV)
             for part in _slices(chunk.start, chunk.start + len(output_CV), size):
                 logits_NV = model.finished(output_CV[part.start - chunk.start : part.stop - chunk.start])
