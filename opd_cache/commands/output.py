@@ -99,13 +99,6 @@ def _write_table(columns: list[str], rows: Rows, file: TextIO) -> None:
     text_console(file).print(table)
 
 
-def console() -> "Console":
-    """Standard output, for tables. Brackets in paths, names and texts are just brackets."""
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False)
-
-
 def text_console(file: TextIO) -> "Console":
     """For tables and texts. Brackets in them are just brackets, and only a terminal has an edge to fold at."""
     from rich.console import Console

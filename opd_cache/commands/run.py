@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from opd_cache.commands.output import console
 from opd_cache.commands.running import (
     EPILOG_RECIPE,
+    console,
     load_recipe_arguments,
     quiet_libraries,
     stage_command,

@@ -58,3 +58,10 @@ def quiet_libraries() -> None:
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def console() -> Any:
+    """Standard output, for tables. Brackets in paths, names and texts are just brackets."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from opd_cache.commands.output import console
+from opd_cache.commands.running import console
 
 
 @click.command()
