@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from opd_cache.commands.running import EPILOG_RECIPE, console, load_recipe_arguments
+
 if TYPE_CHECKING:
     from opd_cache.config import Recipe
 
 
-@click.command(epilog="RECIPE: YAML files and packaged names, merged left to right, then key=value.")
+@click.command(epilog=EPILOG_RECIPE)
 @click.argument("recipe", nargs=-1, required=True, metavar="RECIPE... [key=value...]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def check(recipe: tuple[str, ...], as_json: bool) -> None:
@@ -24,7 +26,6 @@ def check(recipe: tuple[str, ...], as_json: bool) -> None:
     Example: opd-cache check gsm8k_qwen num_episodes=100
     """
     from opd_cache.capacity import check_space, space
-    from opd_cache.commands.running import load_recipe_arguments
     from opd_cache.run_dir import RunDir
 
     loaded = load_recipe_arguments(recipe)
@@ -59,7 +60,6 @@ def _of_models(recipe: "Recipe") -> tuple[list[str], list[Any]]:
 
 
 def _print(parts: list[Any], free: int, warnings: list[str], memory: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from opd_cache.capacity import gigabytes
@@ -75,9 +75,9 @@ def _print(parts: list[Any], free: int, warnings: list[str], memory: list[Any]) 
         needed.add_column(name, justify="right" if name in ("about", "free") else "left")
     for one in memory:
         needed.add_row(one.stage, gigabytes(one.bytes), gigabytes(one.free), one.of)
-    console = Console(markup=False, emoji=False)
-    console.print(disk)
+    out = console()
+    out.print(disk)
     if memory:
-        console.print(needed)
+        out.print(needed)
     for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
+        out.print(f"warning: {warning}", soft_wrap=True, highlight=False)

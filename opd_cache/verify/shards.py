@@ -28,9 +28,8 @@ class Facts:
     """What rollouts are compared with."""
 
     plan: RolloutPlan
-    first_samples: Sequence[
-        int
-    ]  # by place in the plan: sample_index of its first rollout; only imports repeat a prompt
+    # By place in the plan: sample_index of its first rollout; only imports repeat a prompt.
+    first_samples: Sequence[int]
     prompt_hashes: npt.NDArray[np.uint64]  # by prompt index: hash_ids of its ids and no response
     vocab_size: int | None  # ids are below it; None where no file says
 

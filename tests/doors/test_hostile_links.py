@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doors import answered_or_refused, contents, ran, touching_only
 from fault_log import DataLostError, FaultLog
-from helpers import data_files, edit_json
+from helpers import data_files
 
 from opd_cache.config import Recipe
 from opd_cache.launch.clusters import load_cluster
@@ -197,7 +197,6 @@ def test_a_link_in_a_circle_is_one_line(faults: FaultLog, run_path: Path) -> Non
     (run_path / "episode=7").symlink_to(run_path)
     (run_path / "episode=8").symlink_to("episode=8")
     (run_path / "evals/policy=9").symlink_to(run_path / "evals")
-    edit_json(run_path / "run.json")
     for arguments in (("status", run_path), ("verify", run_path), ("gc", run_path), ("query", run_path, "SELECT 1")):
         with faults.trial(ROW, f"circles: {arguments[0]}"), touching_only(run_path):
             answered_or_refused(*arguments)
