@@ -20,7 +20,7 @@ from opd_cache.commands.slurm import cancel, submit
 from opd_cache.commands.stages import evaluate, learn, rollout, score
 from opd_cache.commands.status import config, status
 from opd_cache.commands.verify import repair, verify
-from opd_cache.errors import FirstRankFailedError, OpdCacheError, TryAgainError, error_line
+from opd_cache.errors import FirstRankFailedError, LostRanksError, OpdCacheError, TryAgainError, error_line
 from opd_cache.shortage import shortage
 from opd_cache.store.disk import disk_error
 
@@ -58,6 +58,10 @@ def main() -> None:
         cli(prog_name="opd-cache", standalone_mode=False)
     except FirstRankFailedError as error:
         sys.exit(error.exit_status)
+    except LostRanksError as error:
+        from opd_cache.stop import end_process
+
+        end_process(str(error))
     except OpdCacheError as error:
         if debug:
             raise

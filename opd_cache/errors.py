@@ -90,6 +90,11 @@ class TryAgainError(OpdCacheError):
     exit_status = 75
 
 
+class LostRanksError(TryAgainError):
+    """Other ranks have died or do not answer. The process ends with this at once: what connects it with them waits for
+    them even while it is taken down."""
+
+
 class UnhealthyError(OpdCacheError):
     """A figure that health.fail_on names is beyond its threshold: before it goes on, somebody has to look."""
 

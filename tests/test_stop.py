@@ -68,9 +68,10 @@ def test_a_signal_ends_scoring_in_the_middle_of_a_shard(
     folder = tmp_path / "run/episode=0/scores/teacher=main"
     command = start("score", *MANY, "--episode", "0")
     command.wait_for(lambda: published(folder) != [])
-    time.sleep(0.3)
     command.stops(signal.SIGUSR1)
-    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "shard-00000-of-00003.parquet"]
+    # How many shards a quick machine has finished by then is its own affair.
+    assert 1 <= len(published(folder)) < 3
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", *published(folder)]
 
 
 def test_a_signal_ends_an_evaluation(start: Callable[..., Command], tmp_path: Path) -> None:

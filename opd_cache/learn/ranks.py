@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from opd_cache.errors import ConfigError, FirstRankFailedError, OpdCacheError, TryAgainError
+from opd_cache.errors import ConfigError, FirstRankFailedError, LostRanksError, OpdCacheError, TryAgainError
 
 T = TypeVar("T")
 TELLING_S = 5.0
@@ -96,23 +96,26 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextlib.contextmanager
 def joined_ranks(ranks: Ranks, timeout_s: float) -> Iterator[Ranks]:
-    """Connect with the other ranks for as long as the block lasts."""
+    """Connect with the other ranks for as long as the block lasts. Raises LostRanksError when some of them are gone."""
     if ranks.world == 1:
         yield ranks
         return
+    is_lost = False
     try:
         if not dist.is_initialized():
             _meet(ranks, timedelta(seconds=timeout_s), os.environ.get(LAUNCH, ""))
         yield ranks
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            reason = str(error).strip().splitlines()[0]
-            raise TryAgainError(
-                f"lost the other ranks ({reason}). The same command goes on from the last checkpoint."
-            ) from error
-        raise
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not is_lost:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostRanksError(
+            f"lost the other ranks ({reason}). The same command goes on from the last checkpoint."
+        ) from error
     finally:
-        if dist.is_initialized():
+        # A group that lost a rank stays: taking it down waits for what was under way, as long as a collective may take.
+        if dist.is_initialized() and not is_lost:
             dist.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def test_a_flipped_bit_of_a_small_shard_is_never_read_as_other_data(
     raw = raw_outcomes(shard.path, bits)
     print(f"\n{stage} shard of {len(shard.whole):,} bytes, {len(bits):,} flips: {dict(found)}; pyarrow {dict(raw)}")
     # What can flip without harm is what nobody reads: the leading magic, the page index, offsets and statistics.
-    assert found[REFUSED] > 0.6 * len(bits)
+    assert found[REFUSED] > 0.5 * len(bits)
     assert raw[MISREAD] > 0.1 * len(bits)
 
 
