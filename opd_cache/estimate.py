@@ -21,6 +21,8 @@ ADAM_BYTES, WEIGHT_BYTES = 8, 4  # of a parameter, in float32
 KEPT_ACTIVATIONS = {"none": 26, "selective": 13, "full": 2}
 HEAD_ROWS = 2 * 256  # rows of float32 logits that the head's loop holds at once
 SCORER_LOGITS = 512 << 20  # the hf scorer's budget of logits
+# Loading so many again for every stage takes part of a second; more are worth their memory to the stage that runs.
+KEPT_PARAMETERS = 50e6
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,17 @@ def model_size(folder: Path) -> ModelSize | None:
     layers, hidden, vocab, heads = (int(config[key]) for key in wanted)
     head = config.get("head_dim") or hidden // heads
     return ModelSize(parameters, layers, hidden, vocab, head * (config.get("num_key_value_heads") or heads))
+
+
+def keeps_models(recipe: Recipe) -> bool:
+    """Whether a process that runs several stages keeps all their models in memory."""
+    if recipe.keep_models is not None:
+        return recipe.keep_models
+    teachers = [one for one in recipe.teachers.values() if (one.scorer or recipe.score.scorer) != "http"]
+    folders = {Path(config.model) for config in (recipe.student, *teachers) if not config.model.startswith("policy:")}
+    # Of a model that is still on the hub nothing is known.
+    counts = [num_parameters(folder) or math.inf for folder in folders]
+    return sum(counts) < KEPT_PARAMETERS
 
 
 def disk_parts(recipe: Recipe, run: RunDir, student: ModelSize | None) -> list[Part]:

@@ -7,6 +7,8 @@ the head runs only at the positions that predict a response token.
 # B sequences, T positions, N response tokens of a batch, H hidden size, V vocabulary
 
 import contextlib
+import ctypes
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -254,6 +256,16 @@ def load_weights_into(model: LanguageModel, folder: Path) -> bool:
         for name, tensor in state.items():
             own[name].copy_(tensor)
     return True
+
+
+def give_back_memory() -> None:
+    """Return what dropped models held, to the system and to the GPU's other users."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        # Layers of some megabytes lie in glibc's heap, which keeps them.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_torch_threads(threads: int | None) -> None:

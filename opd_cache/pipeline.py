@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from opd_cache.estimate import keeps_models
 from opd_cache.health.stage import check_stage
 from opd_cache.retention import remove_policies
 from opd_cache.run import Run
@@ -37,7 +38,8 @@ def _stages_to_run(run: Run, episode: int) -> list[str]:
 
 
 class InlineStages:
-    """Runs stages in this process and keeps their models warm from one episode to the next.
+    """Runs stages in this process. Small models stay warm from one stage to the next; large ones, or where the recipe says
+    so, leave their memory to the stage that runs.
 
     Each part is made when a stage first needs it: learning needs neither the sampler's nor the scorer's packages.
     """
@@ -49,6 +51,7 @@ class InlineStages:
         set_torch_threads(run.recipe.torch_threads)
         self.run = run
         self.ranks = ranks or ALONE
+        self.keeps_models = keeps_models(run.recipe)
         self.scorers: dict[str, Any] = {}
         self.scorer_configs: dict[str, Any] = {}  # what they were made for
 
@@ -84,9 +87,26 @@ class InlineStages:
         if (scorer := self.scorers.pop(teacher, None)) is not None:
             scorer.close()
 
+    def _make_room(self, *needed: str) -> None:
+        """Let go of all models but those of the `needed` parts (sampler, scorers, engine)."""
+        if self.keeps_models:
+            return
+        from opd_cache.models import give_back_memory
+
+        if "sampler" in self.__dict__ and "sampler" not in needed:
+            self.sampler.close()
+            del self.sampler
+        if "scorers" not in needed:
+            for teacher in list(self.scorers):
+                self._let_go(teacher)
+        if "engine" not in needed:
+            self.__dict__.pop("engine", None)
+        give_back_memory()
+
     def rollout(self, episode: int, **share: Any) -> bool:
         from opd_cache.rollout.stage import rollout_episode
 
+        self._make_room("sampler")
         if (version := self.run.recipe.sampling_version(episode)) > 0:
             self._check("learn", version - 1)
         return self._checked(rollout_episode(self.run, episode, self.sampler, **share), "rollout", episode)
@@ -94,6 +114,7 @@ class InlineStages:
     def score(self, episode: int, **share: Any) -> bool:
         from opd_cache.score.stage import score_episode
 
+        self._make_room("scorers")
         self._check("rollout", episode)
         names, sealed = self.run.recipe.teachers_to_score(), []
         version = self.run.recipe.sampling_version(episode)
@@ -107,6 +128,7 @@ class InlineStages:
     def learn(self, episode: int) -> bool:
         from opd_cache.learn.stage import learn_episode
 
+        self._make_room("engine")
         for name in self.run.recipe.learning_teachers():
             self._check("score", episode, name)
         if episode > 0:
@@ -137,6 +159,7 @@ class InlineStages:
         if self.run.is_removed(version):
             check_evaluated(self.run, version)
             return
+        self._make_room("sampler", "scorers")
         teachers = self.run.recipe.learning_teachers()
         for name in teachers if self.run.recipe.eval.teacher else ():
             # A policy of the run is evaluated under its own version.

@@ -18,7 +18,7 @@ student: {model: s}
 teachers: {main: {model: t}}
 prompts: {path: p.jsonl}
 """
-KEYS = "eval, health, launcher, learn, num_episodes, num_workers, pipeline, prompts, rollout, run_dir, score, seed, stall_timeout_s, student, task, teachers, torch_threads"
+KEYS = "eval, health, keep_models, launcher, learn, num_episodes, num_workers, pipeline, prompts, rollout, run_dir, score, seed, stall_timeout_s, student, task, teachers, torch_threads"
 ROLLOUT_KEYS = "batch_size, max_new_tokens, n_samples_per_prompt, prompts_per_episode, prompts_per_shard, python, reward, sampler, stop_token_ids, student_top_k, temperature, top_k, top_p, vllm"
 LOSS_KEYS = "advantage_clamp, clip_ratio_high, clip_ratio_low, coef, discount, entropy_forward_coef, entropy_threshold, gate_high, gate_low, importance, importance_cap, jsd_beta, name, normalize_advantages, skew_alpha, teacher_only_ids, terms, topk_mass"
 TEACHER_KEYS = "attn_implementation, device, dtype, model, prompt, revision, scorer, trust_remote_code, urls, vllm"

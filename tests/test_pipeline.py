@@ -14,7 +14,7 @@ from helpers import complete, data_files
 
 from opd_cache.config import Recipe, ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError, MismatchError, StoreError
-from opd_cache.pipeline import InlineStages
+from opd_cache.pipeline import InlineStages, run_episodes
 from opd_cache.rollout.plan import episode_prompts
 from opd_cache.run import Run, open_run
 from opd_cache.score.scores import ScoreRequest, TokenScores
@@ -53,6 +53,33 @@ def test_any_array_width_and_order_of_tasks_gives_the_same_shards(
     for name, data in expected.items():
         if name.startswith("episode=0/"):
             assert found[name] == data, name
+
+
+def test_models_that_are_let_go_between_stages_change_no_bit(
+    finished_run: Run, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = open_run(make_recipe(tmp_path / "apart", "keep_models=false"))
+    stages, held = InlineStages(run), []
+
+    def execute(stage: str, number: int) -> None:
+        stages(stage, number)
+        parts = [part for part in ("sampler", "engine") if part in stages.__dict__]
+        held.append((stage, *parts, *stages.scorers))
+
+    run_episodes(run, execute)
+    episode = [("rollout", "sampler"), ("score", "main"), ("learn", "engine"), ("eval", "sampler", "main")]
+    assert held == [("eval", "sampler", "main"), *episode * run.recipe.num_episodes]
+    assert data_files(run.dir.path) == data_files(finished_run.dir.path)
+
+
+def test_a_large_model_is_not_kept_unless_the_recipe_says_so(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = InlineStages(open_run(make_recipe(tmp_path / "run")))
+    monkeypatch.setattr("opd_cache.estimate.KEPT_PARAMETERS", 1000)
+    large = InlineStages(open_run(make_recipe(tmp_path / "run")))
+    wanted = InlineStages(open_run(make_recipe(tmp_path / "run", "keep_models=true")))
+    assert (small.keeps_models, large.keeps_models, wanted.keeps_models) == (True, False, True)
 
 
 def test_one_shard_can_be_made_by_number(finished_run: Run, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -54,8 +54,12 @@ class Recipe:
     num_episodes: int = option(10, "Rounds of rollout, score and learn.", min=1)
     launcher: str = option(
         "inline",
-        "run: stages in one process with warm models, or each its own command.",
+        "run: stages in one process, or each its own command.",
         choices=("inline", "subprocess"),
+    )
+    keep_models: Optional[bool] = option(
+        None,
+        "launcher=inline: keep the models of all stages in memory from one stage to the next, or only those of the stage that runs; null: all, where student and teachers have less than 50 million parameters together.",
     )
     num_workers: int = option(1, "launcher=subprocess: processes that share the shards of a stage.", min=1)
     torch_threads: Optional[int] = option(
