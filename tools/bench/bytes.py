@@ -1,7 +1,8 @@
 """What a run's cache costs in bytes a response token, by column, and how near that is to the entropy of the numbers.
 
-    python tools/bench/bytes.py RUN... [--json]
+    python tools/bench/bytes.py RUN... [--quickstart FOLDER [--episodes N]] [--json]
 
+--quickstart: also of a quickstart made for it with the teacher's top 16, whose task is in FOLDER or made there.
 `bytes` is what a column takes in the shards (pages compressed, their headers, lists' levels). `entropy` is a bound for any
 lossless coder that knows nothing but how often each value of one byte place occurs: the order-0 entropy of the column's
 four byte planes. Below it only a model of the numbers could go.
@@ -9,6 +10,9 @@ four byte planes. Below it only a model of the numbers could go.
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,12 +90,26 @@ def measure(path: Path) -> dict[str, Any]:
     return {"run": str(path), "tokens": tokens, "columns": rows, "parts": parts}
 
 
+def measure_quickstart(task: Path, episodes: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        command = [
+            sys.executable, "-m", "opd_cache", "run", "quickstart", f"task.dir={task}", f"run_dir={name}/quickstart",
+            f"num_episodes={episodes}", "eval.path=null", "score.top_k=16",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        return measure(Path(name) / "quickstart")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="+")
+    parser.add_argument("run", type=Path, nargs="*")
+    parser.add_argument("--quickstart", type=Path, metavar="FOLDER")
+    parser.add_argument("--episodes", type=int, default=12, help="of --quickstart")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     found = [measure(run) for run in options.run]
+    if options.quickstart:
+        found.append(measure_quickstart(options.quickstart, options.episodes))
     if options.json:
         print(json.dumps(found))
         return

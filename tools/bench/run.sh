@@ -66,6 +66,10 @@ filed rollout_vllm "--engine vllm" "--engine vllm --tokens 20 --repeats 1" "$VLL
 filed scale "" "--shards 30 100 --repeats 1" "$VENV" scale.py
 bench learn "--repeats 3 --steps 2" "--repeats 1 --steps 2" "$VENV" learn.py
 bench cache "" "--model quickstart --passes 1" "$VENV" cache.py
+bench join "" "--tokens 500000 --repeats 1" "$VENV" join.py
+bench verify "" "--tokens 500000 --repeats 1" "$VENV" verify.py
+# The quickstart's run, made for it.
+bench bytes "--quickstart $task/task" "--quickstart $task/task --episodes 1" "$VENV" bytes.py
 bench score_small "--model small" "--model small --repeats 1" "$VLLM_VENV" score.py
 bench score_vocabulary "--model vocabulary --repeats 2" "--model vocabulary --repeats 1 --only stock vllm_shared" \
     "$VLLM_VENV" score.py
