@@ -23,6 +23,7 @@ from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
 from opd_cache.store.disk import disk_error
+from opd_cache.tensor_files import open_again, read_tensors, tensor_shapes
 
 LOADING_ERRORS = (
     OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError,
@@ -214,7 +215,7 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
     adapters = folder / ADAPTER_CONFIG
     try:
         base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
-        module = AutoModelForCausalLM.from_pretrained(base, **options)
+        module = open_again(folder.glob("*.safetensors"), lambda: AutoModelForCausalLM.from_pretrained(base, **options))
         if adapters.is_file():
             module = _with_adapters(module, folder)
     except LOADING_ERRORS as error:
@@ -241,19 +242,15 @@ def load_weights_into(model: LanguageModel, folder: Path) -> bool:
 
     A tied head has no entry of its own; it shares the embedding's tensor and so follows it.
     """
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(path))
-    own = dict(model.module.state_dict(keep_vars=True))
-    covered = {own[name].data_ptr() for name in state if name in own}
-    if any(name not in own or own[name].shape != tensor.shape for name, tensor in state.items()):
+    paths = list(folder.glob("*.safetensors"))
+    shapes, own = tensor_shapes(paths), dict(model.module.state_dict(keep_vars=True))
+    if any(name not in own or own[name].shape != shape for name, shape in shapes.items()):
         return False
+    covered = {own[name].data_ptr() for name in shapes}
     if any(tensor.data_ptr() not in covered for tensor in own.values()):
         return False
     with torch.no_grad():
-        for name, tensor in state.items():
+        for name, tensor in read_tensors(paths):
             own[name].copy_(tensor)
     return True
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+
+from opd_cache.tensor_files import read_tensors
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -34,13 +35,10 @@ class CheckpointLoader:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     names = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                names.add(name)
-                tensor = file.get_tensor(name)
-                yield name, tensor
-                if name == EMBEDDING:
-                    embedding = tensor
+    for name, tensor in read_tensors(folder.glob("*.safetensors")):
+        names.add(name)
+        yield name, tensor
+        if name == EMBEDDING:
+            embedding = tensor
     if EMBEDDING in names and HEAD not in names:
         yield HEAD, embedding

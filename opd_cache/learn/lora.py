@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd_cache.config import LoraOptions
 from opd_cache.errors import ConfigError
-from opd_cache.learn.tensor_files import FORMAT, save_tensors
 from opd_cache.models import ADAPTER_CONFIG, LanguageModel
 from opd_cache.store.disk import write_whole
+from opd_cache.tensor_files import FORMAT, read_tensors, save_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"  # PEFT's name of the only one
@@ -110,7 +109,7 @@ def save_adapters(folder: Path, state: Mapping[str, Tensor], module: nn.Module, 
 
 def read_adapters(folder: Path) -> dict[str, Tensor]:
     """The adapters of a folder, by the names that they have inside the model."""
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
     return {
-        name.removeprefix(_PREFIX).replace(".weight", f".{ADAPTER}.weight"): tensor for name, tensor in tensors.items()
+        name.removeprefix(_PREFIX).replace(".weight", f".{ADAPTER}.weight"): tensor
+        for name, tensor in read_tensors([folder / ADAPTER_WEIGHTS])
     }

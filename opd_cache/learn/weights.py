@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from opd_cache.config import LearnConfig, ModelConfig
@@ -18,11 +17,11 @@ from opd_cache.learn.checkpoint import copy_model_files
 from opd_cache.learn.lora import ADAPTER_WEIGHTS, add_adapters, merged, read_adapters, save_adapters
 from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.student import Student
-from opd_cache.learn.tensor_files import FORMAT, check_tensors, save_tensors
 from opd_cache.models import LanguageModel, load_model, load_weights_into
 from opd_cache.run_dir import TRAINER
 from opd_cache.store.disk import unlike_written, write_whole
 from opd_cache.store.publish import read_plain_json
+from opd_cache.tensor_files import FORMAT, check_tensors, read_tensors, save_tensors
 
 ADAPTER_FOLDER, CONFIG = "adapter", "config.json"
 # Tensors of one file are in memory at once while it is written.
@@ -152,11 +151,9 @@ def write_optimizer(folder: Path, state: OptimizerState) -> None:
 
 def read_optimizer(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """(state name, parameter name, tensor) of every optimizer state in a policy or checkpoint."""
-    for path in sorted((folder / TRAINER).glob("optimizer*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for label in file.keys():  # noqa: SIM118 (it is no dict)
-                key, _, name = label.partition(":")
-                yield key, name, file.get_tensor(label)
+    for label, tensor in read_tensors((folder / TRAINER).glob("optimizer*.safetensors")):
+        key, _, name = label.partition(":")
+        yield key, name, tensor
 
 
 def _optimizer_file(folder: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """A safetensors file that reads back otherwise than it was written is refused, wherever the difference lies."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from opd_cache.errors import DiskError
-from opd_cache.learn.tensor_files import FORMAT, check_tensors, save_tensors
+from opd_cache.tensor_files import FORMAT, check_tensors, open_tensors, save_tensors
 
 TENSORS = {"step": torch.tensor(3.0), "weight": torch.linspace(-1, 1, 12).reshape(3, 4), "ids": torch.arange(5)}
 
@@ -38,3 +39,12 @@ def test_a_file_that_the_disk_changed_is_not_kept_for_good(tmp_path: Path) -> No
     save_tensors(tmp_path / "file", {**TENSORS, "weight": TENSORS["weight"] + 1}, FORMAT)
     with pytest.raises(DiskError, match="reads back otherwise than it was written"):
         check_tensors(tmp_path / "file", TENSORS, FORMAT)
+
+
+def test_what_cannot_be_opened_has_the_systems_reason(tmp_path: Path) -> None:
+    """safetensors calls every such file missing."""
+    path = tmp_path / "model.safetensors"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match=r"model\.safetensors") as caught, open_tensors(path):
+        pass
+    assert caught.value.errno == errno.ELOOP
