@@ -14,15 +14,14 @@ from trials import every_fault
 from warm import WarmCommands
 from world import remove
 
-EVERY_LENGTH_BELOW = 1500  # bytes; of a larger file, in full mode, so many lengths
-MANY_LENGTHS = 100
+LENGTHS = 40  # of each file, in full mode; every length of a shard is tried in test_damage_shards.py
 
 
 def lengths(name: str, size: int) -> list[int]:
     """Where to cut a file."""
     if not is_full():
         return [*drawn(name, size, 1)] if size > 1 else [0]
-    return list(range(size)) if size < EVERY_LENGTH_BELOW else [0, size - 1, *drawn(name, size, MANY_LENGTHS)]
+    return sorted({0, size - 1, *drawn(name, size, min(size, LENGTHS))})
 
 
 def test_verify_names_a_cut_file_and_no_other(faults: FaultLog, whole_run: Path, tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ class Damage(NamedTuple):
 
 def damages(file: str, whole: bytes) -> Iterator[Damage]:
     """A flipped bit, a cut, and no file at all; in full mode many of them."""
-    bits, cuts = (40, 20) if is_full() else (1, 1)
+    bits, cuts = (12, 6) if is_full() else (1, 1)
     row = FLIP_WEIGHTS if file.endswith(".safetensors") else FLIP_SMALL
     for bit in drawn(file, 8 * len(whole), bits):
         yield Damage(row, f"bit {bit}", flipped(whole, bit))

@@ -17,7 +17,7 @@ from trials import Trial, every_fault
 
 ROW = "kills of the process group at random moments of a run"
 KILLS = 200 if is_full() else 12
-COMMAND_KILLS = 20 if is_full() else 2
+COMMAND_KILLS = 8 if is_full() else 2
 
 
 @pytest.fixture(scope="module")
