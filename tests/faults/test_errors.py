@@ -24,7 +24,7 @@ def test_a_call_that_fails_is_named_and_nothing_short_is_published(
     stages: Stages, faults: FaultLog, stage: str, call: str
 ) -> None:
     with every_fault(faults, "ENOSPC, EDQUOT, EIO, ESTALE at a system call") as trial:
-        for number, error in failures(stages.numbers(stage, call, at_most=2), list(STATUSES)):
+        for number, error in failures(stages.numbers(stage, call, at_most=1), list(STATUSES)):
             with trial(f"{stage}, {call} {number}: {error}"):
                 assert_survives(stages, stage, Fault(call, number, "fail", error), STATUSES[error])
 
@@ -43,7 +43,7 @@ def test_a_disk_that_stays_full_is_named_and_nothing_short_is_published(
 @pytest.mark.parametrize("stage", MAIN_STAGES)
 def test_a_write_that_falls_short_is_continued(stages: Stages, faults: FaultLog, stage: str) -> None:
     with every_fault(faults, "a write falls short") as trial:
-        for number in stages.numbers(stage, "write", at_most=4):
+        for number in stages.numbers(stage, "write", at_most=2):
             with trial(f"{stage}, write {number}"):
                 assert_survives(stages, stage, Fault("write", number, "short"), 0)
 

@@ -30,7 +30,7 @@ def test_killed_before_any_call_the_same_command_ends_as_if_undisturbed(
     stages: Stages, faults: FaultLog, stage: str, call: str
 ) -> None:
     with every_fault(faults, "SIGKILL before the Nth system call") as trial:
-        for number in stages.numbers(stage, call, at_most=5):
+        for number in stages.numbers(stage, call, at_most=3):
             with trial(f"{stage}, {call} {number}"), stages.fresh(stage) as run:
                 before = published(run)
                 ended, _, _ = stages.run(stage, run, Fault(call, number, "kill"))

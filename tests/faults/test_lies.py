@@ -19,7 +19,7 @@ def test_a_write_that_lies_is_found_before_anything_is_published(
     stages: Stages, faults: FaultLog, stage: str, lie: str
 ) -> None:
     with every_fault(faults, "a write that lies") as trial:
-        for number in stages.numbers(stage, "write", at_most=4):
+        for number in stages.numbers(stage, "write", at_most=2):
             with trial(f"{stage}, write {number} {lie}"):
                 assert_found(stages, stage, Fault("write", number, lie))
 

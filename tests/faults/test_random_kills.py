@@ -16,8 +16,8 @@ from stages import TINY, Stages
 from trials import Trial, every_fault
 
 ROW = "kills of the process group at random moments of a run"
-KILLS = 200 if is_full() else 12
-COMMAND_KILLS = 8 if is_full() else 2
+KILLS = 200 if is_full() else 8
+COMMAND_KILLS = 8 if is_full() else 1
 
 
 @pytest.fixture(scope="module")
