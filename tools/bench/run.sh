@@ -9,6 +9,9 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 VENV=${VENV:-.venv} VLLM_VENV=${VLLM_VENV:-.venv-vllm} TRL_VENV=${TRL_VENV:-.venv-trl}
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 PYTHONPATH=${PYTHONPATH:-$PWD}
+# Compiled, as pip leaves a package that it installs.
+unset PYTHONDONTWRITEBYTECODE
+"$VENV/bin/python" -m compileall -q opd_cache
 quick= out= names=()
 while [ $# -gt 0 ]; do
     case $1 in
