@@ -1,12 +1,16 @@
 """_COMPLETE.json: which files a policy or a checkpoint is made of. Who writes one: opd_cache/learn/checkpoint.py."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import CorruptShardError, MismatchError
 from opd_cache.run_dir import COMPLETE, TRAINER
 from opd_cache.store.publish import digest_file, read_json
+
+SIDE_BY_SIDE_BYTES = 256 << 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -28,13 +32,27 @@ def check_place(manifest: dict[str, Any], run_id: str, version: int, folder: Pat
 def check_files(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     """The manifest, after every wanted file was compared with it. Raises CorruptShardError."""
     manifest = read_manifest(folder)
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if is_wanted(name) and not (path.is_file() and digest_file(path) == digest):
+    wanted = {folder / name: digest for name, digest in manifest["files"].items() if is_wanted(name)}
+    for path, found in zip(wanted, _digests(list(wanted)), strict=True):
+        if found != wanted[path]:
             raise CorruptShardError(
-                f"{path}: {'changed' if path.is_file() else 'missing'} since it was published. Move {folder} away and run the stage again."
+                f"{path}: {'missing' if found is None else 'changed'} since it was published. Move {folder} away and run the stage again."
             )
     return manifest
+
+
+def _digests(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Of each file; None where there is none. Large ones side by side: a core reads 1.4 GB/s."""
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    if sum(sizes) < SIDE_BY_SIDE_BYTES:
+        yield from map(_digest, paths)
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(_digest, paths)
+
+
+def _digest(path: Path) -> str | None:
+    return digest_file(path) if path.is_file() else None
 
 
 def check_model_files(folder: Path) -> dict[str, Any]:
