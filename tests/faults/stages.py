@@ -30,8 +30,7 @@ COMMANDS = {
     "learn, 2nd episode": ("learn", "--episode", "1"),
     "replay": ("replay",),
 }
-MAIN_STAGES = ("open", "rollout", "score", "learn", "eval", "replay")
-STAGES = tuple(COMMANDS) if is_full() else MAIN_STAGES
+STAGES = ("open", "rollout", "score", "learn", "eval", "replay")
 
 
 class Stages:

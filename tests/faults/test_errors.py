@@ -11,7 +11,7 @@ from oracle import (
     published,
     temporaries,
 )  # fmt: skip
-from stages import MAIN_STAGES, Stages
+from stages import STAGES, Stages
 from trials import every_fault
 
 CALLS = ("openat", "write", "fsync", "close", "link", "mkdir", "rename")
@@ -19,7 +19,7 @@ STATUSES = {"ENOSPC": 75, "EDQUOT": 75, "ESTALE": 75, "EIO": 2}
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("stage", MAIN_STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_call_that_fails_is_named_and_nothing_short_is_published(
     stages: Stages, faults: FaultLog, stage: str, call: str
 ) -> None:
@@ -30,7 +30,7 @@ def test_a_call_that_fails_is_named_and_nothing_short_is_published(
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "openat"])
-@pytest.mark.parametrize("stage", MAIN_STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_disk_that_stays_full_is_named_and_nothing_short_is_published(
     stages: Stages, faults: FaultLog, stage: str, call: str
 ) -> None:
@@ -40,7 +40,7 @@ def test_a_disk_that_stays_full_is_named_and_nothing_short_is_published(
                 assert_survives(stages, stage, Fault(call, number, "fail from here", error), STATUSES[error])
 
 
-@pytest.mark.parametrize("stage", MAIN_STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_write_that_falls_short_is_continued(stages: Stages, faults: FaultLog, stage: str) -> None:
     with every_fault(faults, "a write falls short") as trial:
         for number in stages.numbers(stage, "write", at_most=2):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fault import CALLS
 from fault_client import FaultServer
-from stages import MAIN_STAGES, Stages
+from stages import STAGES, Stages
 
 # strace's names of the calls that the shim counts together.
 KINDS = {
@@ -29,7 +29,7 @@ def test_it_counts_every_call_that_strace_sees(shim: Path, stages: Stages, tmp_p
     wanted = ",".join(f"?{name}" for name in KINDS)
     traced = FaultServer(shim, (), ("strace", "-f", "--seccomp-bpf", "-y", "-o", str(log), "-e", f"trace={wanted}"))
     seen, counted = Counter[str](), Counter[str]()
-    for stage in MAIN_STAGES:
+    for stage in STAGES:
         with stages.fresh(stage) as run:
             ended, counts, _ = traced.run(stages.command(stage, run), run)
             assert ended.status == 0, ended
