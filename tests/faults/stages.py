@@ -25,12 +25,9 @@ COMMANDS = {
     "score": ("score", "--episode", "0"),
     "learn": ("learn", "--episode", "0"),
     "eval": ("eval", "--policy-version", "1"),
-    "rollout, 2nd episode": ("rollout", "--episode", "1"),
-    "score, 2nd episode": ("score", "--episode", "1"),
-    "learn, 2nd episode": ("learn", "--episode", "1"),
     "replay": ("replay",),
 }
-STAGES = ("open", "rollout", "score", "learn", "eval", "replay")
+STAGES = tuple(COMMANDS)
 
 
 class Stages:
@@ -49,7 +46,7 @@ class Stages:
 
     def _done(self, stage: str) -> tuple[Path, Mapping[str, int]]:
         """The undisturbed run after a stage, and how often the stage made each system call on it."""
-        run = self.folder / "done" / stage.replace(", ", "-").replace(" ", "-")
+        run = self.folder / "done" / stage
         self._copy_before(stage, run)
         ended, counts, _ = self.server.run(self.command(stage, run), run)
         assert ended.status == 0, ended
