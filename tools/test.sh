@@ -24,5 +24,5 @@ has chromium || { apt-get update -q && apt-get install -y -q chromium; } >/dev/n
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 # Two at a time; the tests of a file share what is expensive to make.
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 "$@"
 if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/with_vllm; fi
