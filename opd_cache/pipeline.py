@@ -87,26 +87,28 @@ class InlineStages:
         if (scorer := self.scorers.pop(teacher, None)) is not None:
             scorer.close()
 
-    def _make_room(self, *needed: str) -> None:
+    def make_room(self, *needed: str) -> None:
         """Let go of all models but those of the `needed` parts (sampler, scorers, engine)."""
-        if self.keeps_models:
+        held = {part for part in ("sampler", "engine") if part in self.__dict__} | (
+            {"scorers"} if self.scorers else set()
+        )
+        if self.keeps_models or held <= set(needed):
             return
         from opd_cache.models import give_back_memory
 
-        if "sampler" in self.__dict__ and "sampler" not in needed:
-            self.sampler.close()
-            del self.sampler
         if "scorers" not in needed:
             for teacher in list(self.scorers):
                 self._let_go(teacher)
-        if "engine" not in needed:
-            self.__dict__.pop("engine", None)
+        for part in held - {"scorers", *needed}:
+            if part == "sampler":
+                self.sampler.close()
+            delattr(self, part)
         give_back_memory()
 
     def rollout(self, episode: int, **share: Any) -> bool:
         from opd_cache.rollout.stage import rollout_episode
 
-        self._make_room("sampler")
+        self.make_room("sampler")
         if (version := self.run.recipe.sampling_version(episode)) > 0:
             self._check("learn", version - 1)
         return self._checked(rollout_episode(self.run, episode, self.sampler, **share), "rollout", episode)
@@ -114,7 +116,7 @@ class InlineStages:
     def score(self, episode: int, **share: Any) -> bool:
         from opd_cache.score.stage import score_episode
 
-        self._make_room("scorers")
+        self.make_room("scorers")
         self._check("rollout", episode)
         names, sealed = self.run.recipe.teachers_to_score(), []
         version = self.run.recipe.sampling_version(episode)
@@ -128,7 +130,7 @@ class InlineStages:
     def learn(self, episode: int) -> bool:
         from opd_cache.learn.stage import learn_episode
 
-        self._make_room("engine")
+        self.make_room("engine")
         for name in self.run.recipe.learning_teachers():
             self._check("score", episode, name)
         if episode > 0:
@@ -159,7 +161,7 @@ class InlineStages:
         if self.run.is_removed(version):
             check_evaluated(self.run, version)
             return
-        self._make_room("sampler", "scorers")
+        self.make_room("sampler", "scorers")
         teachers = self.run.recipe.learning_teachers()
         for name in teachers if self.run.recipe.eval.teacher else ():
             # A policy of the run is evaluated under its own version.

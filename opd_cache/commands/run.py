@@ -38,6 +38,7 @@ def run(recipe: tuple[str, ...], as_json: bool) -> None:
         has_ranks = stage == "learn" and opened.recipe.learn.num_ranks > 1
         is_apart = opened.recipe.launcher == "subprocess" or has_ranks or python_of(opened.recipe, stage) is not None
         if is_apart:
+            inline.make_room()
             commands(stage, number)  # whose processes watch themselves
         else:
             with stall_watch(opened.recipe.stall_timeout_s):
