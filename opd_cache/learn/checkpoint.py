@@ -6,7 +6,6 @@ An episode's last one is its policy/. The manifest _COMPLETE.json lists every fi
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from opd_cache.errors import MismatchError
 from opd_cache.fingerprint import fingerprint_model
 from opd_cache.run_dir import COMPLETE, TRAINER
-from opd_cache.store.disk import write_whole
+from opd_cache.store.disk import remove_folder, write_whole
 from opd_cache.store.manifest import check_files, read_manifest
 from opd_cache.store.publish import (
     digest_file,
@@ -99,7 +98,7 @@ def remove_checkpoints(learn_folder: Path, keep_last: int = 0, keep_every: int |
             leaving = temporary_beside(folder)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            remove_folder(leaving)
 
 
 def copy_model_files(source: Path, target: Path, existing: Sequence[str]) -> None:

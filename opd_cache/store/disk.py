@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -103,6 +104,13 @@ def write_whole(path: Path, data: bytes) -> None:
     """A new file with these bytes."""
     with new_file(path) as file:
         file.write(data)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a temporary folder as far as that can be done; gc finds what is left."""
+    # Where a close fails, Python closes again, and raises that in spite of ignore_errors.
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fsync_path(path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import os
 import re
-import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from opd_cache.store.disk import remove_folder
 from opd_cache.store.publish import TEMPORARY_SUFFIX
 
 # .NAME.HOST.PID.RANDOM.tmp, as publish.temporary_beside makes them.
@@ -32,7 +32,7 @@ def dead_temporaries(folder: Path, min_age_s: float) -> Iterator[tuple[Path, int
 def remove_temporary(path: Path) -> None:
     """Remove one; that it is gone already is no error."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
     else:
         path.unlink(missing_ok=True)
 

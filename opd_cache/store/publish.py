@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
 from opd_cache.run_dir import SCHEMA_VERSION
-from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file, write_whole
+from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file, remove_folder, write_whole
 from opd_cache.store.shapes import check_shape, check_version
 
 # Another file system, one without hard links, too many links, a file of another user.
@@ -288,4 +288,4 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:
             fsync_path(final.parent)
             return won
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
