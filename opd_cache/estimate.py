@@ -10,6 +10,7 @@ from pathlib import Path
 from opd_cache.config import LearnConfig, Recipe
 from opd_cache.fingerprint import num_parameters, text_config
 from opd_cache.run_dir import COMPLETE, SEAL, RunDir
+from opd_cache.score.scores import LOGITS_BYTES
 from opd_cache.store.publish import read_json
 
 # Bytes on disk, measured (see encoding in store/shards.py): of a response token its id with one log-prob, a teacher's
@@ -20,7 +21,6 @@ ADAM_BYTES, WEIGHT_BYTES = 8, 4  # of a parameter, in float32
 # Float32 values a token, layer and hidden unit that the body keeps for the backward, measured at 8 layers of 768.
 KEPT_ACTIVATIONS = {"none": 26, "selective": 13, "full": 2}
 HEAD_ROWS = 2 * 256  # rows of float32 logits that the head's loop holds at once
-SCORER_LOGITS = 512 << 20  # the hf scorer's budget of logits
 # Loading so many again for every stage takes part of a second; more are worth their memory to the stage that runs.
 KEPT_PARAMETERS = 50e6
 
@@ -150,4 +150,4 @@ def sampling_bytes(recipe: Recipe, student: ModelSize, longest_prompt: int, byte
 
 def scoring_bytes(teacher: ModelSize, bytes_a_value: int, tokens: int) -> int:
     """Memory of the hf scorer: weights, and the logits of a batch of so many tokens within their budget."""
-    return bytes_a_value * teacher.parameters + min(SCORER_LOGITS, 4 * tokens * teacher.vocab)
+    return bytes_a_value * teacher.parameters + min(LOGITS_BYTES, 4 * tokens * teacher.vocab)

@@ -11,6 +11,9 @@ from opd_cache.errors import StoreError
 from opd_cache.types import Float32Array, Int32Array
 
 UNKNOWN_RANK = 0  # where an engine does not say
+# Of float32 logits that the hf scorer holds at once: a product of few rows by a head of a large vocabulary runs at half
+# speed.
+LOGITS_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,24 +16,13 @@ import sys
 import time
 import traceback
 
-import torch
-import transformers.models.qwen2.modeling_qwen2
-import transformers.models.qwen2.tokenization_qwen2  # noqa: F401
+import click
+import preloaded  # noqa: F401
+from fault import CALLS
 
-torch.set_num_threads(1)  # a forked child must find no thread pool that it cannot use
-
-import click  # noqa: E402
-from fault import CALLS  # noqa: E402
-
-from opd_cache import replay as _replay  # noqa: E402, F401
-from opd_cache.cli import cli, main  # noqa: E402
-from opd_cache.commands.running import load_recipe_arguments  # noqa: E402
-from opd_cache.evals import stage as _evals  # noqa: E402, F401
-from opd_cache.learn import stage as _learn  # noqa: E402, F401
-from opd_cache.learn.engines import torch as _engine  # noqa: E402, F401
-from opd_cache.rollout.samplers import hf as _sampler  # noqa: E402, F401
-from opd_cache.run import open_run  # noqa: E402
-from opd_cache.score.scorers import hf as _scorer  # noqa: E402, F401
+from opd_cache.cli import cli, main
+from opd_cache.commands.running import load_recipe_arguments
+from opd_cache.run import open_run
 
 
 @cli.command("open")

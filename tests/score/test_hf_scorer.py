@@ -127,7 +127,7 @@ def test_the_lm_head_in_small_chunks_changes_nothing(
     folder, _ = teacher
     rows = requests(with_bos=False)
     whole = score(folder, rows, top_k=3)
-    for budget, size in zip(("LOGITS_BUDGET", "PIECE_BUDGET"), rows_of, strict=True):
+    for budget, size in zip(("LOGITS_BYTES", "PIECE_BUDGET"), rows_of, strict=True):
         monkeypatch.setattr(f"opd_cache.score.scorers.hf.{budget}", size)
     monkeypatch.setattr("opd_cache.score.scorers.hf._rows_of", lambda budget, vocab_size: budget)
     for one, other in zip(whole, score(folder, rows, top_k=3), strict=True):

@@ -21,10 +21,8 @@ from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded
-from opd_cache.score.scores import ScoreRequest, TokenScores, beyond_vocabulary, no_scores
+from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
-# Bytes of float32 logits at once: a product of few rows by a head of a large vocabulary runs at half speed.
-LOGITS_BUDGET = 512 << 20
 # On a CPU the float32 logits of so many bytes stay in its cache.
 PIECE_BUDGET = 8 << 20
 SHARING_PAYS = 0.2  # share of all tokens that it must save: two passes and a copy of the cache cost something too
@@ -86,7 +84,7 @@ class HFScorer:
 
     def _chunk_rows(self, model: LanguageModel) -> int:
         """Rows whose logits are there at once."""
-        return min(_rows_of(LOGITS_BUDGET, model.vocab_size), self.options.max_tokens_per_batch)
+        return min(_rows_of(LOGITS_BYTES, model.vocab_size), self.options.max_tokens_per_batch)
 
     def _shares_prompts(self, rows: Sequence[ScoreRequest]) -> bool:
         if self.options.share_prompts != "auto":
