@@ -92,6 +92,7 @@ def main() -> None:
 
 
 def _stop(kind: str, message: str, status: int) -> NoReturn:
-    """Print the error as one line and exit."""
-    click.echo(error_line(kind, message), err=True)
+    """Print the error as one line and exit; with this status also where the line finds no room."""
+    with contextlib.suppress(OSError):
+        click.echo(error_line(kind, message), err=True)
     sys.exit(status)

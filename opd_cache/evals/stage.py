@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_cache.config import ModelConfig, PromptsConfig
-from opd_cache.errors import ConfigError, MismatchError
+from opd_cache.errors import ConfigError, CorruptShardError, MismatchError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
 from opd_cache.grade import grade, pass_at_k, response_of
 from opd_cache.learn.inputs import open_teaching
@@ -85,12 +85,17 @@ def _evaluate(
     if is_whole and (folder / SUMMARY).exists() and has_results:
         return
     start = time.monotonic()
-    if not (is_whole and has_results):
+    if not is_whole:
         run.check_policy(max(version, 0))  # a teacher has version -1
-        rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
-        if not has_results:
-            _publish_results(run, folder, rows, about)
-    _publish_summary(run, subject, about)
+    if has_results:
+        _check_results_about(run, subject, about)
+    rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
+    results = pa.RecordBatch.from_pylist(rows, schema=arrow_schema(EVALS))
+    if not has_results:
+        publish_table(
+            folder / RESULTS, results.schema, lambda: [results], {"stage": "eval", "run_id": run.run_id, **about}
+        )
+    _publish_summary(run, subject, about, results.to_pylist())
     seconds = round(time.monotonic() - start, 4)
     write_note(
         run.dir.log_folder("eval", subject) / "eval.json", {"stage": "eval", "subject": subject, "seconds": seconds}
@@ -244,22 +249,22 @@ def _rollouts_with_kl(
             yield rollout, None if difference is None else float(difference.sum())
 
 
-def _publish_results(run: Run, folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    schema = arrow_schema(EVALS)
-    publish_table(
-        folder / RESULTS,
-        schema,
-        lambda: [pa.RecordBatch.from_pylist(rows, schema=schema)],
-        {"stage": "eval", "run_id": run.run_id, **about},
-    )
+def _check_results_about(run: Run, subject: str, about: dict[str, Any]) -> None:
+    path = run.dir.evaluation(subject) / RESULTS
+    with open_parquet(path) as file:
+        _check_about(run, subject, path, footer_of(file, path), about)
 
 
-def _publish_summary(run: Run, subject: str, about: dict[str, Any]) -> None:
-    """Sum up the published results: ours, another process's, or those of a start that was killed before its summary."""
+def _publish_summary(run: Run, subject: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Sum up the published results: ours, another process's, or those of a start that was killed before its summary.
+    What they hold must be what the sealed responses give: no digest vouches for them yet."""
     folder = run.dir.evaluation(subject)
-    with open_parquet(folder / RESULTS) as file:
-        _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
-    rows = [row for table in read_row_groups(folder / RESULTS) for row in table.to_pylist()]
+    _check_results_about(run, subject, about)
+    if [row for table in read_row_groups(folder / RESULTS) for row in table.to_pylist()] != rows:
+        again = stage_command("eval", run.dir.evaluation_set(subject, SAMPLED))
+        raise CorruptShardError(
+            f"{folder / RESULTS}: holds other results than the sealed responses give. Move it away and run: {again}"
+        )
     summary = {
         "schema_version": SCHEMA_VERSION,
         **about,

@@ -3,7 +3,6 @@
 run.json → prompts → plan → rollout shards → seal → score plan → score shards → seal → learn plan → policy → next plan.
 """
 
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from opd_cache.errors import CorruptShardError, MismatchError, OpdCacheError, StoreError
 from opd_cache.fingerprint import num_embeddings
 from opd_cache.run_dir import PLAN, RESULTS, SEAL, SUMMARY, RolloutSet, RunDir
+from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.status import read_identity
 from opd_cache.store.manifest import check_files
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_shards, stage_command
@@ -107,9 +107,18 @@ def _evaluation_checks(known: Known, folder: Path, prompts: _PromptHashes) -> It
                 yield broken(summary, misplaced(summary, content["subject"], folder.name), (summary,), again)
             yield unchanged(results, content["results"], SUMMARY, (results, summary), again)
     elif results.exists():
-        yield single(results, lambda: deque(read_row_groups(results), maxlen=0), (results,), again)
+        yield single(results, lambda: _check_results(results), (results,), again)
     for mode in MODES:
         yield from _set_checks(known, known.run.evaluation_set(folder.name, mode), prompts, is_evaluation=True)
+
+
+def _check_results(path: Path) -> None:
+    """Of results without a summary, which would hold their digest."""
+    for table in read_row_groups(path):
+        if not table.schema.equals(arrow_schema(EVALS), check_metadata=False):
+            raise CorruptShardError(
+                f"{path}: has the columns {', '.join(table.column_names)}, expected {', '.join(arrow_schema(EVALS).names)}"
+            )
 
 
 def _set_checks(known: Known, target: RolloutSet, prompts: _PromptHashes, is_evaluation: bool) -> Iterator[Check]:

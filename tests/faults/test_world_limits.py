@@ -48,7 +48,7 @@ def assert_ended_in_words(ended: Ended) -> None:
     if "Traceback" in ended.said:
         raise SilentError(ended.said)
     if ended.status in (2, 75):
-        assert_said(Ended(ended.status, ended.said.splitlines()[-1]), 2, 75)
+        assert_said(Ended(ended.status, "".join(ended.said.splitlines()[-1:])), 2, 75)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -84,10 +84,21 @@ def address_space(pid: int) -> int:
 def test_a_small_limit_of_file_size_publishes_nothing_short(
     faults: FaultLog, commands: WarmCommands, whole_run: Path, recipe: list[str], tmp_path: Path, command: str
 ) -> None:
-    for limit in limits([1000], range(0, 6000, 500)):
+    for limit in limits([1000], range(500, 6000, 500)):
         with faults.trial(FILE_SIZE, f"{command}: {limit} bytes"):
             ended = try_limit(commands, whole_run, recipe, tmp_path / "run", command, limits={"FSIZE": limit})
             assert_said(ended, 75)
+
+
+def test_the_status_says_it_where_the_line_finds_no_room(
+    faults: FaultLog, commands: WarmCommands, whole_run: Path, recipe: list[str], tmp_path: Path
+) -> None:
+    run = link_copy(whole_run, tmp_path / "run")
+    remove(run, MADE_BY["rollout --episode 1"])
+    with faults.trial(FILE_SIZE, "rollout --episode 1: not a byte, nor for the error"):
+        assert commands.run("rollout", *recipe, "--episode", 1, limits={"FSIZE": 0}) == Ended(75, "")
+        assert commands.run("run", *recipe).status == 0
+        assert_complete(run, whole_run)
 
 
 @pytest.mark.parametrize("command", ["rollout --episode 1", "learn --episode 1"])

@@ -11,6 +11,7 @@ or ended. What a child can be given beside its arguments:
   "user": 65534                                 as which user it runs
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -70,8 +71,8 @@ def child(job: dict) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # an interpreter that ends ignores it, too
+            sys.stderr.flush()
         os._exit(status)
 
 
