@@ -10,6 +10,7 @@ DataLostError and SilentError are assertions that the table counts apart from an
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class FaultLog:
         finally:
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"row": row, "fault": fault, "outcome": outcome}) + "\n")
+                    file.write(json.dumps({"row": row, "fault": fault, "outcome": outcome, "time": time.time()}) + "\n")
 
 
 def is_full() -> bool:

@@ -34,11 +34,9 @@ def run_tests(log: Path, is_full: bool, arguments: list[str]) -> int:
 
 
 def read_log(log: Path) -> Table:
-    ends: dict[tuple[str, str], str] = {}
-    for path in sorted(log.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            ends[entry["row"], entry["fault"]] = entry["outcome"]
+    lines = (line for path in log.glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines())
+    entries = sorted(map(json.loads, lines), key=lambda entry: entry["time"])
+    ends = {(entry["row"], entry["fault"]): entry["outcome"] for entry in entries}
     table: Table = {}
     for (row, _), outcome in ends.items():
         table.setdefault(row, Counter())[outcome] += 1

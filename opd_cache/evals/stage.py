@@ -145,6 +145,8 @@ def _sampled_and_graded(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     tokenizer = load_tokenizer(run.recipe.student)
+    for _ in read_row_groups(run.dir.eval_prompts):
+        pass  # with its checksums, before a plan vouches for the file
     for mode in (GREEDY, SAMPLED) if run.recipe.eval.greedy else (SAMPLED,):
         target = run.dir.evaluation_set(subject, mode)
         plan = _plan(run, subject, mode, version, model, sampler.dtype)
