@@ -92,17 +92,18 @@ class InlineStages:
         held = {part for part in ("sampler", "engine") if part in self.__dict__} | (
             {"scorers"} if self.scorers else set()
         )
-        if self.keeps_models or held <= set(needed):
+        leaving = held - set(needed)
+        if self.keeps_models or not leaving:
             return
         from opd_cache.models import give_back_memory
 
-        if "scorers" not in needed:
-            for teacher in list(self.scorers):
-                self._let_go(teacher)
-        for part in held - {"scorers", *needed}:
-            if part == "sampler":
-                self.sampler.close()
-            delattr(self, part)
+        for teacher in list(self.scorers) if "scorers" in leaving else ():
+            self._let_go(teacher)
+        if "sampler" in leaving:
+            self.sampler.close()
+            del self.sampler
+        if "engine" in leaving:
+            del self.engine
         give_back_memory()
 
     def rollout(self, episode: int, **share: Any) -> bool:

@@ -88,7 +88,8 @@ def _evaluate(
     if not is_whole:
         run.check_policy(max(version, 0))  # a teacher has version -1
     if has_results:
-        _check_results_about(run, subject, about)
+        with open_parquet(folder / RESULTS) as file:
+            _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
     rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
     results = pa.RecordBatch.from_pylist(rows, schema=arrow_schema(EVALS))
     if not has_results:
@@ -251,17 +252,10 @@ def _rollouts_with_kl(
             yield rollout, None if difference is None else float(difference.sum())
 
 
-def _check_results_about(run: Run, subject: str, about: dict[str, Any]) -> None:
-    path = run.dir.evaluation(subject) / RESULTS
-    with open_parquet(path) as file:
-        _check_about(run, subject, path, footer_of(file, path), about)
-
-
 def _publish_summary(run: Run, subject: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Sum up the published results: ours, another process's, or those of a start that was killed before its summary.
     What they hold must be what the sealed responses give: no digest vouches for them yet."""
     folder = run.dir.evaluation(subject)
-    _check_results_about(run, subject, about)
     if [row for table in read_row_groups(folder / RESULTS) for row in table.to_pylist()] != rows:
         again = stage_command("eval", run.dir.evaluation_set(subject, SAMPLED))
         raise CorruptShardError(

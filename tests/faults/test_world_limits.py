@@ -90,13 +90,16 @@ def test_a_small_limit_of_file_size_publishes_nothing_short(
             assert_said(ended, 75, *((0,) if limit > 2000 else ()))  # that much may be enough
 
 
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_status_says_it_where_the_line_finds_no_room(
-    faults: FaultLog, commands: WarmCommands, whole_run: Path, recipe: list[str], tmp_path: Path
+    faults: FaultLog, commands: WarmCommands, whole_run: Path, recipe: list[str], tmp_path: Path, command: str
 ) -> None:
     run = link_copy(whole_run, tmp_path / "run")
-    remove(run, MADE_BY["rollout --episode 1"])
-    with faults.trial(FILE_SIZE, "rollout --episode 1: not a byte, nor for the error"):
-        assert commands.run("rollout", *recipe, "--episode", 1, limits={"FSIZE": 0}) == Ended(75, "")
+    remove(run, MADE_BY[command])
+    before, (stage, *options) = published(run), command.split()
+    with faults.trial(FILE_SIZE, f"{command}: 0 bytes"):
+        assert commands.run(stage, *recipe, *options, limits={"FSIZE": 0}) == Ended(75, "")
+        assert_intact(run, before)
         assert commands.run("run", *recipe).status == 0
         assert_complete(run, whole_run)
 
