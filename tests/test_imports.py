@@ -13,7 +13,16 @@ STAGES = ("rollout", "score", "learn")
 
 # Where these may be imported when a module is loaded. Everywhere else only inside the function that needs them.
 HOMES = {
-    "torch": ("models.py", "vllm_worker.py", "learn/", "rollout/samplers/", "score/scorers/", "evals/", "quickstart/"),
+    "torch": (
+        "models.py",
+        "tensor_files.py",
+        "vllm_worker.py",
+        "learn/",
+        "rollout/samplers/",
+        "score/scorers/",
+        "evals/",
+        "quickstart/",
+    ),
     "transformers": ("models.py", "learn/engines/", "rollout/samplers/", "score/scorers/", "quickstart/"),
     "tokenizers": ("quickstart/",),
     "duckdb": ("store/query.py",),

@@ -85,8 +85,7 @@ def _evaluate(
     if is_whole and (folder / SUMMARY).exists() and has_results:
         return
     start = time.monotonic()
-    if not is_whole:
-        run.check_policy(max(version, 0))  # a teacher has version -1
+    run.check_policy(max(version, 0))  # a teacher has version -1
     if has_results:
         with open_parquet(folder / RESULTS) as file:
             _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
