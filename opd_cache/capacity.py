@@ -144,7 +144,7 @@ def _check_top_k(key: str, top_k: int, who: str, ids: int) -> None:
 
 def memory_needed(run: Run, stages: Sequence[str]) -> list[Memory]:
     """What the stages' models will take on this machine, of backends whose memory is known."""
-    from opd_cache.models import free_memory
+    from opd_cache.models import free_memory, gpu_bytes
 
     recipe = run.recipe
     student, longest = model_size(model_folder(recipe.student)), prompt_lengths(run.dir.prompts)[1]
@@ -157,7 +157,7 @@ def memory_needed(run: Run, stages: Sequence[str]) -> list[Memory]:
             size = scoring_bytes(its, _bytes_a_value(teacher), recipe.score.max_tokens_per_batch)
             found.append((f"score {name}", size, teacher.device, f"teachers.{name}.dtype"))
     if student is not None and "learn" in stages and recipe.learn.engine == "torch":
-        size = learning_bytes(recipe.learn, student)
+        size = learning_bytes(recipe.learn, student, gpu_bytes(recipe.student.device))
         found.append(("learn", size, recipe.student.device, "learn.max_tokens_per_micro_batch"))
     return [Memory(stage, size, *free_memory(device), key) for stage, size, device, key in found]
 

@@ -20,6 +20,8 @@ LEAST_ROW = 8  # its hash of ids, which does not compress
 ADAM_BYTES, WEIGHT_BYTES = 8, 4  # of a parameter, in float32
 # Float32 values a token, layer and hidden unit that the body keeps for the backward, measured at 8 layers of 768.
 KEPT_ACTIVATIONS = {"none": 26, "selective": 13, "full": 2}
+# Where the recipe leaves a micro-batch open: its tokens, and the memory that they may take however small the model is.
+LEAST_TOKENS, MOST_TOKENS, LEAST_ACTIVATIONS = 512, 8192, 1 << 29
 HEAD_ROWS = 2 * 256  # rows of float32 logits that the head's loop holds at once
 # Loading so many again for every stage takes part of a second; more are worth their memory to the stage that runs.
 KEPT_PARAMETERS = 50e6
@@ -130,16 +132,35 @@ def _steps(recipe: Recipe) -> int:
     return learn.updates_per_episode or math.ceil(rows * learn.epochs_per_episode / learn.train_batch_size)
 
 
-def learning_bytes(learn: LearnConfig, student: ModelSize) -> int:
+def micro_batch_tokens(learn: LearnConfig, student: ModelSize | None, ranks: int = 1, gpu_bytes: int = 0) -> int:
+    """The recipe's tokens of a micro-batch; where it leaves them open, as many as learn.max_tokens_per_micro_batch says.
+
+    gpu_bytes: all memory of the GPU, 0 without one.
+    """
+    if learn.max_tokens_per_micro_batch is not None:
+        return learn.max_tokens_per_micro_batch
+    if student is None:
+        return LEAST_TOKENS
+    budget = max(_training_bytes(learn, student) // ranks // 2, gpu_bytes // 8, LEAST_ACTIVATIONS)
+    tokens = budget // _activation_bytes(learn, student)
+    return max(LEAST_TOKENS, min(MOST_TOKENS, tokens // LEAST_TOKENS * LEAST_TOKENS))
+
+
+def learning_bytes(learn: LearnConfig, student: ModelSize, gpu_bytes: int) -> int:
     """Memory of one micro-batch's forward and backward, with weights, gradients and AdamW."""
-    trained = 2 * WEIGHT_BYTES + ADAM_BYTES if learn.lora.rank is None else WEIGHT_BYTES
-    kept = (
-        learn.max_tokens_per_micro_batch
-        * student.layers
-        * student.hidden
-        * KEPT_ACTIVATIONS[learn.gradient_checkpointing]
-    )
-    return student.parameters * trained + 4 * (kept + HEAD_ROWS * student.vocab)
+    tokens = micro_batch_tokens(learn, student, gpu_bytes=gpu_bytes)
+    kept = tokens * _activation_bytes(learn, student)
+    return _training_bytes(learn, student) + kept + 4 * HEAD_ROWS * student.vocab
+
+
+def _training_bytes(learn: LearnConfig, student: ModelSize) -> int:
+    """Weights and, of what is trained, gradients and AdamW's two moments; an adapter's are small."""
+    return student.parameters * (2 * WEIGHT_BYTES + ADAM_BYTES if learn.lora.rank is None else WEIGHT_BYTES)
+
+
+def _activation_bytes(learn: LearnConfig, student: ModelSize) -> int:
+    """Of a token."""
+    return 4 * student.layers * student.hidden * KEPT_ACTIVATIONS[learn.gradient_checkpointing]
 
 
 def sampling_bytes(recipe: Recipe, student: ModelSize, longest_prompt: int, bytes_a_value: int) -> int:

@@ -59,6 +59,12 @@ def free_memory(name: str) -> tuple[int, str]:
     return available, "memory"
 
 
+def gpu_bytes(name: str) -> int:
+    """All memory of the GPU of that name; 0 where the device is none."""
+    device = resolve_device(name)
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto → bfloat16 on a GPU that has it, else float32."""
     if name == "auto":

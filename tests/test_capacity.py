@@ -5,15 +5,17 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import opd_cache_command, run_command, save_model, tiny_qwen2
 
 from opd_cache.capacity import ALL_STAGES, check_models, open_fitting_run
-from opd_cache.config import Recipe
+from opd_cache.config import LearnConfig, Recipe
+from opd_cache.config.learning import LoraOptions
 from opd_cache.errors import ConfigError
-from opd_cache.estimate import disk_parts, model_size
+from opd_cache.estimate import ModelSize, disk_parts, micro_batch_tokens, model_size
 from opd_cache.fingerprint import num_parameters
 from opd_cache.run import Run, open_run
 from opd_cache.run_dir import RunDir
@@ -102,6 +104,24 @@ def test_vocabularies_are_compared_at_the_start(task: Path, make_recipe: Callabl
     wide = save_model(tiny_qwen2(seed=1, vocab_size=264), tmp_path / "wide")
     (warning,) = check_models(open_run(make_recipe(tmp_path / "wider", f"student.model={wide}")), ALL_STAGES)
     assert "the student has 264 token ids, teacher 'main' has 258" in warning
+
+
+def test_a_micro_batch_that_is_left_open_takes_a_share_of_the_memory_that_training_takes() -> None:
+    small, half_b, seven_b = (
+        ModelSize(parameters, layers, hidden, 151936, 128)
+        for parameters, layers, hidden in ((1_000_000, 4, 128), (494_000_000, 24, 896), (7_600_000_000, 28, 3584))
+    )
+    learn = LearnConfig()
+    assert micro_batch_tokens(learn, small) == 8192
+    tokens = micro_batch_tokens(learn, half_b)
+    assert tokens == 1536
+    assert 4 * 26 * 24 * 896 * tokens < 494_000_000 * 16 / 2 < 4 * 26 * 24 * 896 * (tokens + 512)
+    assert micro_batch_tokens(learn, half_b, gpu_bytes=80 << 30) == 4608  # an eighth of it
+    assert micro_batch_tokens(learn, seven_b, ranks=64) == 512  # sharded, and never fewer
+    assert micro_batch_tokens(learn, seven_b) > micro_batch_tokens(LearnConfig(lora=LoraOptions(rank=8)), seven_b)
+    assert micro_batch_tokens(replace(learn, gradient_checkpointing="selective"), half_b) == 2 * tokens
+    assert micro_batch_tokens(replace(learn, max_tokens_per_micro_batch=7), half_b, gpu_bytes=80 << 30) == 7
+    assert micro_batch_tokens(learn, None) == 512
 
 
 def test_memory_is_warned_of_and_check_writes_nothing(task: Path, tmp_path: Path) -> None:

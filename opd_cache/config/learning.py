@@ -157,8 +157,10 @@ class LearnConfig:
     replay_episodes: int = option(
         0, "Learn also from so many episodes before this one: how stale a rollout may be.", min=0
     )
-    max_tokens_per_micro_batch: int = option(
-        8192, "Tokens in one forward and backward, padding included. Bounds memory; changes nothing else.", min=1
+    max_tokens_per_micro_batch: Optional[int] = option(
+        None,
+        "Tokens in one forward and backward, padding included. Bounds memory; changes nothing else. null: up to 8192, so that what they leave for the backward takes at most half of what weights, gradients and optimizer take on a rank, an eighth of a GPU, or half a GB.",
+        min=1,
     )
     packing: str = option(
         "auto",

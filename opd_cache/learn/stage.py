@@ -29,7 +29,7 @@ from opd_cache.learn.loggers import open_loggers
 from opd_cache.learn.losses import resolve_loss
 from opd_cache.learn.plan import LearnPlan, plan_facts, plan_learning
 from opd_cache.learn.ranks import ALONE, Ranks
-from opd_cache.learn.step import Trainer
+from opd_cache.learn.step import Trainer, max_tokens_per_micro_batch
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
 from opd_cache.learn.student import on_device
 from opd_cache.learn.teachers import teaching_facts
@@ -79,7 +79,7 @@ def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) 
     lesson = ranks.from_first(lambda: _open_lesson(run, episode))
     if lesson is None:
         return True
-    limit = run.recipe.learn.max_tokens_per_micro_batch
+    limit = max_tokens_per_micro_batch(run.recipe, ranks)
     with (
         noted_signals() as request,
         explained_memory_errors("learn.max_tokens_per_micro_batch", limit),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_cache.config import ModelConfig, Recipe
+from opd_cache.estimate import micro_batch_tokens, model_size
 from opd_cache.fingerprint import model_folder
 from opd_cache.learn.batch import MicroBatch, loss_places, micro_batches, rows_to_learn, sampled_values
 from opd_cache.learn.engine import Engine
@@ -17,8 +18,18 @@ from opd_cache.learn.objective import FIGURES, Objective, StepFacts, summarize
 from opd_cache.learn.ranks import Ranks
 from opd_cache.learn.rewards import group_advantages, mean_reward
 from opd_cache.learn.student import Student, on_device
-from opd_cache.models import autocast_dtype, load_model
+from opd_cache.models import autocast_dtype, gpu_bytes, load_model
 from opd_cache.store.join import Joined
+
+
+def max_tokens_per_micro_batch(recipe: Recipe, ranks: Ranks) -> int:
+    """The same on every rank, since each of them divides a batch among all: what the first one finds."""
+
+    def find() -> int:
+        student = model_size(model_folder(recipe.student))
+        return micro_batch_tokens(recipe.learn, student, ranks.world, gpu_bytes(recipe.student.device))
+
+    return ranks.from_first(find)
 
 
 class Trainer:
@@ -27,6 +38,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, engine: Engine, policy_version: int, ranks: Ranks) -> None:
         self.config, self.engine, self.ranks = recipe.learn, engine, ranks
         self.policy_version = policy_version
+        self.max_tokens = max_tokens_per_micro_batch(recipe, ranks)
         self.loss = resolve_loss(self.config.loss)
         self.reference: Student | None = None
         # A LoRA adapter that is switched off leaves the initial student; anything else is a model of its own.
@@ -67,7 +79,7 @@ class Trainer:
         micros = micro_batches(
             rows,
             rewards,
-            self.config.max_tokens_per_micro_batch,
+            self.max_tokens,
             packed=self.engine.packs,
             rank=self.ranks.rank,
             world=self.ranks.world,

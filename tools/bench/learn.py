@@ -32,8 +32,8 @@ from opd_cache.learn.step import Trainer
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
-# As many as the default token budget takes in one micro-batch, so that neither side splits the batch.
-SEQUENCES, PROMPT, RESPONSE = 12, (150, 250), (200, 400)
+# In one micro-batch, so that neither side splits the batch.
+SEQUENCES, PROMPT, RESPONSE, MICRO_BATCH = 12, (150, 250), (200, 400), 8192
 
 
 def make_model(folder: Path) -> dict[str, float]:
@@ -60,8 +60,10 @@ def make_rows() -> list[Joined]:
 
 
 def learn_config(checkpointing: str) -> LearnConfig:
-    """As shipped, but for a rate that leaves the figures of the steps comparable."""
-    config = LearnConfig(learning_rate=1e-5, gradient_checkpointing=checkpointing)
+    """As shipped, but for a rate that leaves the figures of the steps comparable, and the micro-batch."""
+    config = LearnConfig(
+        learning_rate=1e-5, gradient_checkpointing=checkpointing, max_tokens_per_micro_batch=MICRO_BATCH
+    )
     config.loss.clip_ratio_low, config.loss.clip_ratio_high = 1.0, 1e9
     return config
 
