@@ -14,6 +14,7 @@ STAGES = ("rollout", "score", "learn")
 # Where these may be imported when a module is loaded. Everywhere else only inside the function that needs them.
 HOMES = {
     "torch": (
+        "inference.py",
         "models.py",
         "tensor_files.py",
         "vllm_worker.py",
@@ -23,7 +24,14 @@ HOMES = {
         "evals/",
         "quickstart/",
     ),
-    "transformers": ("models.py", "learn/engines/", "rollout/samplers/", "score/scorers/", "quickstart/"),
+    "transformers": (
+        "inference.py",
+        "models.py",
+        "learn/engines/",
+        "rollout/samplers/",
+        "score/scorers/",
+        "quickstart/",
+    ),
     "tokenizers": ("quickstart/",),
     "duckdb": ("store/query.py",),
     "deepspeed": ("learn/engines/",),

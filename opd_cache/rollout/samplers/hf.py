@@ -25,6 +25,7 @@ from transformers import __version__ as transformers_version
 from opd_cache.config import ModelConfig, RolloutConfig
 from opd_cache.errors import ConfigError, DivergedError
 from opd_cache.fingerprint import model_folder
+from opd_cache.inference import can_share_prompts, distinct_neighbours, prefill, use_cpu_attention, use_cpu_head
 from opd_cache.models import LanguageModel, dtype_name, load_model, load_weights_into, padded
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.store.plans import SamplingPlan
@@ -115,6 +116,8 @@ class HFSampler:
             return
         self.model = None  # the old weights must not stay while the new ones come
         self.model = load_model(config, "student")
+        use_cpu_attention(self.model)
+        use_cpu_head(self.model)
 
     def close(self) -> None:
         self.model = None
@@ -133,6 +136,15 @@ class HFSampler:
                 f"a prompt of {prompt_tokens} tokens and rollout.max_new_tokens = {max_new_tokens} exceed the student's context of {limit}. Lower it, or set prompts.max_prompt_tokens."
             )
 
+    def _shared_prompts(self, prompts: Sequence[np.ndarray]) -> dict[str, Any]:
+        """What generate goes on from where samples share their prompts: keys and values of all but the last token, each
+        prompt computed once."""
+        assert self.model is not None
+        is_shared = distinct_neighbours(prompts)[-1] + 1 < len(prompts) and min(map(len, prompts)) > 1
+        if not is_shared or not can_share_prompts(self.model):
+            return {}
+        return {"past_key_values": prefill(self.model, [ids[:-1] for ids in prompts]).cache}
+
     @torch.inference_mode()
     def _sample_batch(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:
         assert self.model is not None, "load_policy comes first"
@@ -144,6 +156,7 @@ class HFSampler:
                 f"rollout.student_top_k = {plan.student_top_k}, but the student has only {self.model.vocab_size} tokens."
             )
         choice = _SeededChoice(plan, [r.seed for r in requests], self.model.device)
+        options = self._shared_prompts([r.prompt_ids for r in requests])
         # A model's own generation_config may hold a repetition penalty or a temperature: none of it may act here.
         module.generation_config = GenerationConfig()
         output = module.generate(
@@ -156,6 +169,7 @@ class HFSampler:
                 eos_token_id=plan.stop_token_ids,
                 pad_token_id=plan.stop_token_ids[0],
             ),
+            **options,
         )
         new_ids_BT = output[:, input_ids_BP.shape[1] :].to("cpu", torch.int32).numpy()
         sampled_BT = torch.stack(choice.sampled, 1).cpu().numpy()

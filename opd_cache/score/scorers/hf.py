@@ -5,7 +5,7 @@ predict a response token, in chunks. Where the samples of a prompt are worth it,
 keys and values are shared.
 """
 
-# G prompts of a batch, B sequences of a batch, P prompt positions, R response positions, N response tokens,
+# B sequences of a batch, P prompt positions, R response positions, N response tokens,
 # H hidden size, V vocabulary, K teacher top-k
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers import __version__ as transformers_version
 
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
+from opd_cache.inference import prefill, use_cpu_attention
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded
 from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
@@ -51,6 +51,7 @@ class HFScorer:
             raise ConfigError(
                 f"score.top_k = {self.options.top_k}, but teacher {self.teacher.model!r} has only {model.vocab_size} tokens."
             )
+        use_cpu_attention(model)
         self._model = model
         self._buffer = model.head_buffer(self._chunk_rows(model))
 
@@ -110,39 +111,27 @@ class HFScorer:
         """The same, with each distinct prompt computed once: left-padded prompts first, then responses on copies of
         their keys and values."""
         model = self.model
-        group_of_row: list[int] = []
-        prompts: list[np.ndarray] = []
-        for i, row in enumerate(rows):
-            if i == 0 or rows[i - 1].group != row.group:
-                prompts.append(row.prompt_ids)
-            group_of_row.append(len(prompts) - 1)
-        prompt_ids_GP, prompt_mask_GP = padded(prompts, "left", model.device)
-        positions_GP = (prompt_mask_GP.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.module.config)
-        output = model.body(
-            input_ids=prompt_ids_GP,
-            attention_mask=prompt_mask_GP,
-            position_ids=positions_GP,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        groups_B = torch.tensor(group_of_row, device=model.device)
-        first_BH = output.last_hidden_state[:, -1][groups_B]
+        prompts = prefill(model, [row.prompt_ids for row in rows])
         # The last response token predicts nothing that we need.
         inputs = [row.response_ids[:-1] for row in rows]
         if max(len(ids) for ids in inputs) == 0:
-            return first_BH
-        cache.batch_select_indices(groups_B)
+            return prompts.last_BH
         ids_BR, mask_BR = padded(inputs, "right", model.device)
-        lengths_B = prompt_mask_GP.sum(-1)[groups_B]
+        lengths_B = prompts.mask_BP.sum(-1)
         positions_BR = lengths_B[:, None] + torch.arange(ids_BR.shape[1], device=model.device)[None, :]
-        mask_BT = torch.cat([prompt_mask_GP[groups_B], mask_BR], dim=1)
+        mask_BT = torch.cat([prompts.mask_BP, mask_BR], dim=1)
         # Padding may sit beyond the context; its position must still be one that exists.
         positions_BR = positions_BR * mask_BR
         rest_BRH = model.body(
-            input_ids=ids_BR, attention_mask=mask_BT, position_ids=positions_BR, past_key_values=cache, use_cache=True
+            input_ids=ids_BR,
+            attention_mask=mask_BT,
+            position_ids=positions_BR,
+            past_key_values=prompts.cache,
+            use_cache=True,
         ).last_hidden_state
-        return torch.cat([torch.cat([first_BH[b : b + 1], rest_BRH[b, : len(ids)]]) for b, ids in enumerate(inputs)])
+        return torch.cat(
+            [torch.cat([prompts.last_BH[b : b + 1], rest_BRH[b, : len(ids)]]) for b, ids in enumerate(inputs)]
+        )
 
     def _token_scores(self, hidden_NH: Tensor, rows: Sequence[ScoreRequest], top_k: int) -> list[np.ndarray]:
         """Columns of TokenScores, of all rows behind each other."""
