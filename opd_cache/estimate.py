@@ -21,7 +21,7 @@ ADAM_BYTES, WEIGHT_BYTES = 8, 4  # of a parameter, in float32
 # Float32 values a token, layer and hidden unit that the body keeps for the backward, measured at 8 layers of 768.
 KEPT_ACTIVATIONS = {"none": 26, "selective": 13, "full": 2}
 # Where the recipe leaves a micro-batch open: its tokens, and the memory that they may take however small the model is.
-LEAST_TOKENS, MOST_TOKENS, LEAST_ACTIVATIONS = 512, 8192, 1 << 29
+LEAST_TOKENS, MOST_TOKENS, LEAST_ACTIVATIONS = 1024, 8192, 1 << 29
 HEAD_ROWS = 2 * 256  # rows of float32 logits that the head's loop holds at once
 # Loading so many again for every stage takes part of a second; more are worth their memory to the stage that runs.
 KEPT_PARAMETERS = 50e6
@@ -141,9 +141,9 @@ def micro_batch_tokens(learn: LearnConfig, student: ModelSize | None, ranks: int
         return learn.max_tokens_per_micro_batch
     if student is None:
         return LEAST_TOKENS
-    budget = max(_training_bytes(learn, student) // ranks // 2, gpu_bytes // 8, LEAST_ACTIVATIONS)
+    budget = max(_training_bytes(learn, student) // ranks // 4, gpu_bytes // 8, LEAST_ACTIVATIONS)
     tokens = budget // _activation_bytes(learn, student)
-    return max(LEAST_TOKENS, min(MOST_TOKENS, tokens // LEAST_TOKENS * LEAST_TOKENS))
+    return max(LEAST_TOKENS, min(MOST_TOKENS, tokens))
 
 
 def learning_bytes(learn: LearnConfig, student: ModelSize, gpu_bytes: int) -> int:

@@ -49,6 +49,9 @@ class Head(nn.Module):
         self.scale, self.softcap = model.logit_scale, model.softcap
         # Neither a bias nor a soft cap is in Liger's kernel.
         self.liger = liger if self.bias is None and self.softcap is None else "never"
+        # Whether the weight's gradient is summed where it stays, the weight's own .grad: one tensor of that size less, and
+        # three passes over it. For an engine that calls backward on the loss itself and hooks nothing to gradients.
+        self.adds_to_grad = False
         self._fused: FusedLogprobs | None = None
 
     def forward(self, hidden_NH: Tensor, ids_NM: Tensor, losses: TokenLosses | None) -> Tensor:
@@ -124,13 +127,7 @@ class _HeadLoss(torch.autograd.Function):
             bias = None if bias_V is None else bias_V.to(dtype)
             total = torch.zeros((), device=hidden.device)
             grad_hidden = torch.empty_like(hidden)
-            # Summed over chunks in float32, whatever the weights are.
-            grad_weight, grad_bias = (
-                torch.zeros_like(parameter, dtype=torch.float32)
-                if parameter is not None and parameter.requires_grad
-                else None
-                for parameter in (weight_VH, bias_V)
-            )
+            grad_weight, grad_bias = (_new_gradient(parameter, head.adds_to_grad) for parameter in (weight_VH, bias_V))
             known_NM: Tensor | None = None
             if losses.looks_across:
                 total, known_NM = _loss_and_grad(
@@ -152,9 +149,10 @@ class _HeadLoss(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad_NV.sum(0)
                 del logits_NV, probs_NV, grad_NV  # else the next chunk's stand beside them
+        left = (None, None) if head.adds_to_grad else (grad_weight, grad_bias)
         ctx.grads = [
             None if grad is None or parameter is None else grad.to(parameter.dtype)
-            for grad, parameter in ((grad_hidden, hidden_NH), (grad_weight, weight_VH), (grad_bias, bias_V))
+            for grad, parameter in zip((grad_hidden, *left), (hidden_NH, weight_VH, bias_V), strict=True)
         ]
         return total
 
@@ -164,6 +162,17 @@ class _HeadLoss(torch.autograd.Function):
         grads = [None if grad is None else grad.mul_(outer[0]) for grad in ctx.grads]
         del ctx.grads
         return (*grads, None, None, None)
+
+
+def _new_gradient(parameter: Tensor | None, is_own: bool) -> Tensor | None:
+    """Where to sum a parameter's gradient over chunks: in float32, whatever the weights are; None where it is frozen."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if not is_own:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 @contextlib.contextmanager

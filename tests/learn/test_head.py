@@ -155,6 +155,21 @@ def test_a_fused_head_that_gives_other_numbers_is_refused(
         head(hidden.requires_grad_(), ids[:, :1], AnyLoss(lambda logprobs: logprobs.sum()))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_adds_to_its_own_gradients_sums_what_backward_would(
+    inputs: tuple[Tensor, Tensor], bias: bool
+) -> None:
+    hidden, ids = inputs
+    head = a_head(bias, None, 1.0)
+    _, _, gradients = plain(head, hidden, ids, per_token)
+    head.adds_to_grad = True
+    leaf = hidden.clone().requires_grad_()
+    for _ in range(3):
+        head(leaf, ids, AnyLoss(per_token)).backward()
+    for tensor, gradient in zip([leaf, *head.parameters()], gradients, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), 3 * gradient, atol=1e-4, rtol=1e-5)
+
+
 def test_a_frozen_head_passes_the_gradient_on_and_keeps_none(inputs: tuple[Tensor, Tensor]) -> None:
     hidden, ids = inputs
     head = a_head(False, None, 1.0)

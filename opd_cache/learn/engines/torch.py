@@ -70,6 +70,7 @@ class TorchEngine:
             fused=True,
         )
         self._wrapped = self.student
+        self.student.head.adds_to_grad = self.ranks.world == 1
         if self.ranks.world > 1:
             # Looking for unused parameters keeps the buckets as they are at the start: else they are laid out anew after
             # the first step, and a resumed run would sum in another order than one that was never stopped.
