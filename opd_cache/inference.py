@@ -3,6 +3,7 @@ faster ways to the same numbers on a CPU."""
 
 # G distinct prompts, B sequences, P prompt positions, H hidden size
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,11 +23,18 @@ FEW_ROWS = 64
 
 
 class Prefilled(NamedTuple):
-    """Left-padded prompts of B sequences that the model has seen."""
+    """Distinct prompts, left-padded, that the model has seen."""
 
-    cache: DynamicCache  # keys and values, B rows
-    last_BH: Tensor  # hidden states of the last prompt tokens
-    mask_BP: Tensor
+    cache: DynamicCache  # keys and values, G rows
+    last_GH: Tensor  # hidden states of the last prompt tokens
+    mask_GP: Tensor
+    numbers: Tensor  # [B]: the distinct prompt of each sequence
+
+    def cache_of(self, rows: Tensor) -> DynamicCache:
+        """Keys and values for these of the B sequences."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(self.numbers[rows])
+        return cache
 
 
 def distinct_neighbours(prompts: Sequence[np.ndarray]) -> list[int]:
@@ -50,9 +58,7 @@ def prefill(model: LanguageModel, prompts: Sequence[np.ndarray]) -> Prefilled:
         past_key_values=cache,
         use_cache=True,
     )
-    numbers_B = torch.tensor(numbers, device=model.device)
-    cache.batch_select_indices(numbers_B)
-    return Prefilled(cache, output.last_hidden_state[:, -1][numbers_B], mask_GP[numbers_B])
+    return Prefilled(cache, output.last_hidden_state[:, -1], mask_GP, torch.tensor(numbers, device=model.device))
 
 
 def can_share_prompts(model: LanguageModel) -> bool:

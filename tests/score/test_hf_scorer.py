@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from opd_cache import models
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ModelError
+from opd_cache.score.scorers import hf
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scores import ScoreRequest, TokenScores
 
@@ -86,10 +87,17 @@ def plain_logprobs(model: PreTrainedModel, row: ScoreRequest) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("with_bos", [False, True])
-@pytest.mark.parametrize("share_prompts", ["never", "always", "auto"])
+@pytest.mark.parametrize(
+    ("share_prompts", "tokens_of_a_part"), [("never", 1024), ("always", 1024), ("always", 8), ("auto", 1024)]
+)
 def test_scores_equal_a_plain_log_softmax(
-    teacher: tuple[Path, PreTrainedModel], with_bos: bool, share_prompts: str
+    teacher: tuple[Path, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    with_bos: bool,
+    share_prompts: str,
+    tokens_of_a_part: int,
 ) -> None:
+    monkeypatch.setattr(hf, "TOKENS_OF_A_PART", tokens_of_a_part)
     folder, model = teacher
     rows = requests(with_bos)
     for row, found in zip(
@@ -118,6 +126,14 @@ def test_top_k_holds_the_likeliest_tokens_in_order_and_the_sampled_one_beside_th
         np.testing.assert_allclose(found.topk_logprobs, at_ids.numpy(), atol=1e-5, rtol=0)
         listed = (found.topk_ids == row.response_ids[:, None]).any(-1)
         np.testing.assert_array_equal(listed, found.rank <= 5)
+
+
+def test_responses_are_padded_to_similar_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [10, 100, 11, 0, 90, 70, 12, 81]
+    assert hf._similar_lengths(lengths) == [[1, 4, 7, 5, 6, 2, 0, 3]]  # too few to be worth two passes
+    monkeypatch.setattr(hf, "TOKENS_OF_A_PART", 20)
+    assert hf._similar_lengths(lengths) == [[1, 4, 7], [5], [6, 2, 0], [3]]
+    assert hf._similar_lengths([5]) == [[0]]
 
 
 @pytest.mark.parametrize("rows_of", [(7, 7), (7, 3), (1, 1)], ids=["chunks", "chunks_in_pieces", "rows"])

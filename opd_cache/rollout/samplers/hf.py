@@ -143,7 +143,9 @@ class HFSampler:
         is_shared = distinct_neighbours(prompts)[-1] + 1 < len(prompts) and min(map(len, prompts)) > 1
         if not is_shared or not can_share_prompts(self.model):
             return {}
-        return {"past_key_values": prefill(self.model, [ids[:-1] for ids in prompts]).cache}
+        seen = prefill(self.model, [ids[:-1] for ids in prompts])
+        seen.cache.batch_select_indices(seen.numbers)
+        return {"past_key_values": seen.cache}
 
     @torch.inference_mode()
     def _sample_batch(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:

@@ -19,12 +19,13 @@ from transformers import __version__ as transformers_version
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
-from opd_cache.inference import prefill, use_cpu_attention
+from opd_cache.inference import Prefilled, prefill, use_cpu_attention
 from opd_cache.models import LanguageModel, dtype_name, load_model, padded
 from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
 # On a CPU the float32 logits of so many bytes stay in its cache.
 PIECE_BUDGET = 8 << 20
+TOKENS_OF_A_PART = 1024
 SHARING_PAYS = 0.2  # share of all tokens that it must save: two passes and a copy of the cache cost something too
 
 
@@ -108,30 +109,39 @@ class HFScorer:
         )
 
     def _hidden_shared(self, rows: Sequence[ScoreRequest]) -> Tensor:
-        """The same, with each distinct prompt computed once: left-padded prompts first, then responses on copies of
-        their keys and values."""
+        """The same, with each distinct prompt computed once; then responses of similar lengths together, on copies of its
+        keys and values."""
+        prompts = prefill(self.model, [row.prompt_ids for row in rows])
+        hidden_by_row: dict[int, Tensor] = {}
+        for part in _similar_lengths([len(row.response_ids) for row in rows]):
+            for i, hidden_NH in zip(part, self._hidden_of_responses(prompts, rows, part), strict=True):
+                hidden_by_row[i] = hidden_NH
+        return torch.cat([hidden_by_row[i] for i in range(len(rows))])
+
+    def _hidden_of_responses(
+        self, prompts: Prefilled, rows: Sequence[ScoreRequest], part: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """Of the rows numbered in `part`, each [its response tokens, H]."""
         model = self.model
-        prompts = prefill(model, [row.prompt_ids for row in rows])
+        part_B = torch.tensor(part, device=model.device)
+        numbers_B = prompts.numbers[part_B]
         # The last response token predicts nothing that we need.
-        inputs = [row.response_ids[:-1] for row in rows]
+        inputs = [rows[i].response_ids[:-1] for i in part]
         if max(len(ids) for ids in inputs) == 0:
-            return prompts.last_BH
+            yield from prompts.last_GH[numbers_B][:, None]
+            return
+        prompt_mask_BP = prompts.mask_GP[numbers_B]
         ids_BR, mask_BR = padded(inputs, "right", model.device)
-        lengths_B = prompts.mask_BP.sum(-1)
-        positions_BR = lengths_B[:, None] + torch.arange(ids_BR.shape[1], device=model.device)[None, :]
-        mask_BT = torch.cat([prompts.mask_BP, mask_BR], dim=1)
-        # Padding may sit beyond the context; its position must still be one that exists.
-        positions_BR = positions_BR * mask_BR
-        rest_BRH = model.body(
+        positions_BR = prompt_mask_BP.sum(-1)[:, None] + torch.arange(ids_BR.shape[1], device=model.device)[None, :]
+        output = model.body(
             input_ids=ids_BR,
-            attention_mask=mask_BT,
-            position_ids=positions_BR,
-            past_key_values=prompts.cache,
+            attention_mask=torch.cat([prompt_mask_BP, mask_BR], dim=1),
+            position_ids=positions_BR * mask_BR,  # padding may sit beyond the context; its position must exist
+            past_key_values=prompts.cache_of(part_B),
             use_cache=True,
-        ).last_hidden_state
-        return torch.cat(
-            [torch.cat([prompts.last_BH[b : b + 1], rest_BRH[b, : len(ids)]]) for b, ids in enumerate(inputs)]
         )
+        for b, ids in enumerate(inputs):
+            yield torch.cat([prompts.last_GH[numbers_B[b]][None], output.last_hidden_state[b, : len(ids)]])
 
     def _token_scores(self, hidden_NH: Tensor, rows: Sequence[ScoreRequest], top_k: int) -> list[np.ndarray]:
         """Columns of TokenScores, of all rows behind each other."""
@@ -200,6 +210,19 @@ def _batches(requests: Sequence[ScoreRequest], max_tokens: int, keep_groups: boo
         width = wider
     if batch:
         yield batch
+
+
+def _similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows, longest first, in parts: padding costs at most a fifth of a row, unless a part would be too small
+    for matrices to be worth multiplying."""
+    parts: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = parts[-1]
+        longest = lengths[part[0]] if part else 0
+        if lengths[i] < 0.8 * longest and longest * len(part) >= TOKENS_OF_A_PART:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def _split(columns: Sequence[np.ndarray], requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
