@@ -362,7 +362,13 @@ def test_other_machines_reach_it_only_when_asked_for(serve: Serve, run_path: Pat
 
 def test_a_wide_open_host_is_warned_of_and_ctrl_c_ends_it(run_path: Path) -> None:
     command = opd_cache_command("serve", str(run_path), "--host", "0.0.0.0", "--port", "0")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def as_from_a_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would the server
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_from_a_terminal
+    ) as process:
         assert process.stdout.readline().startswith(f"open http://{socket.gethostname()}:")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
