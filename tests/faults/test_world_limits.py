@@ -13,6 +13,8 @@ from oracle import Ended, assert_complete, assert_intact, assert_said, findings,
 from warm import WarmCommands
 from world import MADE_BY, NOBODY, give_to, needs_root, remove
 
+from opd_cache import errors
+
 FILES = "RLIMIT_NOFILE too small"
 MEMORY = "RLIMIT_AS too small"
 PROCESSES = "RLIMIT_NPROC too small"
@@ -20,7 +22,10 @@ FILE_SIZE = "RLIMIT_FSIZE too small"
 SECONDS = "RLIMIT_CPU used up"
 COMMANDS = ("rollout --episode 1", "score --episode 1", "learn --episode 1", "eval --policy-version 2")
 MIB = 1 << 20
-OUR_LINE = re.compile(r"[A-Z]\w+Error: \S")  # a library's last words may stand before and after it
+OURS = [
+    kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.OpdCacheError)
+]
+OUR_LINE = re.compile(rf"({'|'.join(OURS)}): \S")  # a library's last words may stand before and after it
 
 
 def limits(few: list[int], many: range) -> list[int]:
@@ -50,7 +55,7 @@ def assert_ended_in_words(ended: Ended) -> None:
     if "Traceback" in ended.said:
         raise SilentError(ended.said)
     if ended.status in (2, 75):
-        assert any(OUR_LINE.match(line) for line in ended.said.splitlines()), ended
+        assert sum(OUR_LINE.match(line) is not None for line in ended.said.splitlines()) == 1, ended
 
 
 @pytest.mark.parametrize("command", COMMANDS)

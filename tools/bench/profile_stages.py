@@ -10,7 +10,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def profile_stage(stages: InlineStages, stage: str) -> dict[str, Any]:
         stages(stage, 0)
         seconds = time.perf_counter() - start
     by_operator = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
-    kinds: Counter[str] = Counter()
+    kinds: dict[str, float] = defaultdict(float)
     for operator, time_s in by_operator.items():
-        kinds[kind_of(operator)] += time_s  # type: ignore[assignment]
-    kinds["rest"] = max(0.0, seconds - sum(kinds.values()))  # type: ignore[assignment]
+        kinds[kind_of(operator)] += time_s
+    kinds["rest"] = max(0.0, seconds - sum(kinds.values()))
     return {"seconds": seconds, "kinds": dict(kinds), "operators": by_operator}
 
 

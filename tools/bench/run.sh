@@ -70,7 +70,8 @@ filed scale "" "--shards 30 100 --repeats 1" "$VENV" scale.py
 bench learn "--repeats 3 --steps 2" "--repeats 1 --steps 2" "$VENV" learn.py
 bench cache "" "--model quickstart --passes 1" "$VENV" cache.py
 bench join "" "--tokens 500000 --repeats 1" "$VENV" join.py
-bench verify "--tokens 80000000" "--tokens 500000 --repeats 1" "$VENV" verify.py
+bench verify "" "--tokens 500000 --repeats 1" "$VENV" verify.py
+bench verify_large "--tokens 80000000" "--tokens 1000000 --repeats 1" "$VENV" verify.py
 # The quickstart's run, made for it.
 bench bytes "--quickstart $task/task" "--quickstart $task/task --episodes 1" "$VENV" bytes.py
 bench score_small "--model small" "--model small --repeats 1" "$VLLM_VENV" score.py
