@@ -15,9 +15,8 @@ from opd_cache.errors import MismatchError
 from opd_cache.fingerprint import fingerprint_model
 from opd_cache.run_dir import COMPLETE, TRAINER
 from opd_cache.store.disk import remove_folder, write_whole
-from opd_cache.store.manifest import check_files, read_manifest
+from opd_cache.store.manifest import check_files, digests, read_manifest
 from opd_cache.store.publish import (
-    digest_file,
     publish_folder,
     read_json,
     read_plain_json,
@@ -47,9 +46,9 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
 
     def whole(folder: Path) -> None:
         fill(folder)
-        files = {
-            str(path.relative_to(folder)): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        }
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        names = [str(path.relative_to(folder)) for path in paths]
+        files = dict(zip(names, digests(paths), strict=True))
         content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
         write_whole(folder / COMPLETE, signed_json(content))
 

@@ -33,7 +33,7 @@ def check_files(folder: Path, is_wanted: Callable[[str], bool] = lambda name: Tr
     """The manifest, after every wanted file was compared with it. Raises CorruptShardError."""
     manifest = read_manifest(folder)
     wanted = {folder / name: digest for name, digest in manifest["files"].items() if is_wanted(name)}
-    for path, found in zip(wanted, _digests(list(wanted)), strict=True):
+    for path, found in zip(wanted, digests(list(wanted)), strict=True):
         if found != wanted[path]:
             raise CorruptShardError(
                 f"{path}: {'missing' if found is None else 'changed'} since it was published. Move {folder} away and run the stage again."
@@ -41,7 +41,7 @@ def check_files(folder: Path, is_wanted: Callable[[str], bool] = lambda name: Tr
     return manifest
 
 
-def _digests(paths: Sequence[Path]) -> Iterator[str | None]:
+def digests(paths: Sequence[Path]) -> Iterator[str | None]:
     """Of each file; None where there is none. Large ones side by side: a core reads 1.4 GB/s."""
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
     if sum(sizes) < SIDE_BY_SIDE_BYTES:
