@@ -96,15 +96,18 @@ def write_student(
 
 
 def _save_pretrained(folder: Path, state: dict[str, Tensor], module: Any) -> None:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, modeling_utils
 
     # transformers refuses to save generation settings that contradict each other, as some models have: theirs is copied.
     settings, module.generation_config = module.generation_config, GenerationConfig()
     loaded = {name: vars(module).pop(name) for name in ("_hf_peft_config_loaded",) if name in vars(module)}
+    # The module is nobody's wrapper; to see that by itself, transformers imports DeepSpeed wherever it is installed.
+    unwrap, modeling_utils.unwrap_model = modeling_utils.unwrap_model, lambda model: model
     try:
         module.save_pretrained(folder, state_dict=dict(state))  # it takes names out
     finally:
         module.generation_config = settings
+        modeling_utils.unwrap_model = unwrap
         vars(module).update(loaded)
     for name in ("generation_config.json", CONFIG):
         (folder / name).unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,3 +220,23 @@ def test_a_checkpoint_of_another_plan_is_refused(make_recipe: Callable[..., Reci
     (unlearned / "episode=1/learn/plan.json").unlink()
     message = refused(MismatchError, make_recipe, unlearned)
     assert "checkpoint-000002: the checkpoint was made for another plan" in message
+
+
+IMPORTED = """
+import sys
+from opd_cache.cli import main
+sys.argv = ["opd-cache", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("imported:", *sorted({"torch", "deepspeed"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_the_torch_engine_imports_no_deepspeed(task: Path, unlearned: Path) -> None:
+    """transformers does when it saves a model, for half a second of every episode's learning."""
+    command = [sys.executable, "-c", IMPORTED, "learn", f"{task}/recipe.yaml", f"run_dir={unlearned}", "--episode", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "imported: torch"
+    assert (unlearned / "episode=1" / "policy").is_dir()
