@@ -83,6 +83,7 @@ ROWS = (
     Row("learn", "a learner step ÷ one with all logits, 151,936 tokens: time", 1.0, lambda found: found["time_ratio"]),
     Row("learn", "the same: peak memory", 0.5, lambda found: found["memory_ratio"]),
     Row("cache", "a step fed from shards beside one fed from memory", 0.03, lambda found: max(row["overhead"] for row in found), "%"),
+    Row("cache", "the learner's time without data", 0.01, lambda found: max(row["waiting"] for row in found), "%"),
     Row("join", "checked and joined response tokens a CPU-second, in millions", 10.0, lambda found: found["join_tokens_per_cpu_s"] / 1e6, "M", at_least=True),
     *(Row(name, f"`opd-cache verify` ÷ `sha256sum` of the same files, {said}: rate", 0.8, lambda found: found[-1]["of_sha256sum"], at_least=True) for name, said in (("verify", "20 M response tokens"), ("verify_large", "80 M"))),
     *(Row("bytes", f"bytes a response token in the quickstart's cache with top 16: {part}", target, lambda found, part=part: found[-1]["parts"][part], "B") for part, target in (("ids + sampling log-prob", 4.5), ("teacher log-prob", 3.1), ("top k", 51.0))),
