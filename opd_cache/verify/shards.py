@@ -98,13 +98,9 @@ def first_samples(plan: RolloutPlan) -> list[int]:
 def _planned_ids(facts: Facts, shard: int) -> pa.Array:
     plan, size = facts.plan, facts.plan.prompts_per_shard
     firsts = facts.first_samples[shard * size : (shard + 1) * size]
-    return ascii_array(
-        [
-            f"{plan.scope}/{prompt}/{first + sample}"
-            for prompt, first in zip(plan.shard_prompts(shard), firsts, strict=True)
-            for sample in range(plan.n_samples_per_prompt)
-        ]
-    )
+    heads = (f"{plan.scope}/{prompt}/" for prompt in plan.shard_prompts(shard))
+    samples = {first: [str(first + sample) for sample in range(plan.n_samples_per_prompt)] for first in {*firsts}}
+    return ascii_array([head + sample for head, first in zip(heads, firsts, strict=True) for sample in samples[first]])
 
 
 def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | None:
@@ -145,7 +141,7 @@ def _hashes_fault(group: RowGroup, prompt_hashes: npt.NDArray[np.uint64]) -> str
     """Compare every row's ids with its ids_hash, and its prompt with prompts.parquet."""
     table, prompts, responses = group.table, group.lists["prompt_ids"], group.lists["response_ids"]
     found, known, last = [], [], None
-    for prompt, response in zip(_byte_rows(prompts), _byte_rows(responses), strict=True):
+    for prompt, response in zip(map(bytes, _byte_rows(prompts)), _byte_rows(responses), strict=True):
         if prompt != last:  # the samples of a prompt are neighbours
             begun = xxhash.xxh3_64((len(prompt) // 4).to_bytes(8, "little") + prompt)
             digest, last = begun.intdigest(), prompt
@@ -163,8 +159,8 @@ def _hashes_fault(group: RowGroup, prompt_hashes: npt.NDArray[np.uint64]) -> str
     return None
 
 
-def _byte_rows(ids: Lists) -> Iterator[bytes]:
-    data = ids.values.astype("<i4", copy=False).tobytes()
+def _byte_rows(ids: Lists) -> Iterator[memoryview]:
+    data = ids.values.astype("<i4", copy=False).view(np.uint8).data
     ends = (ids.offsets * 4).tolist()
     return (data[start:end] for start, end in itertools.pairwise(ends))
 
