@@ -10,6 +10,7 @@ BY_ERRNO = {
     errno.ENOMEM: "out of memory",
     errno.EAGAIN: "no more processes or threads (raise ulimit -u)",
 }
+GPU_MEMORY = "out of GPU memory"
 # Said in exceptions of no class of their own, by torch, the linker and the interpreter.
 BY_TEXT = {
     "can't allocate memory": BY_ERRNO[errno.ENOMEM],
@@ -17,6 +18,8 @@ BY_TEXT = {
     "cannot allocate memory": BY_ERRNO[errno.ENOMEM],
     "failed to map segment": BY_ERRNO[errno.ENOMEM],
     "bad_alloc": BY_ERRNO[errno.ENOMEM],
+    "CUDA out of memory": GPU_MEMORY,
+    "CUDA error: out of memory": GPU_MEMORY,
     "start new thread": BY_ERRNO[errno.EAGAIN],
     "Resource temporarily unavailable": BY_ERRNO[errno.EAGAIN],
     "Too many open files": BY_ERRNO[errno.EMFILE],

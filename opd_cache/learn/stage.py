@@ -80,16 +80,13 @@ def learn_episode(run: Run, episode: int, engine: Engine, ranks: Ranks = ALONE) 
     if lesson is None:
         return True
     limit = max_tokens_per_micro_batch(run.recipe, ranks)
-    with (
-        noted_signals() as request,
-        explained_memory_errors("learn.max_tokens_per_micro_batch", limit),
-        read_ahead(_remaining_batches(run, lesson)) as batches,
-    ):
+    with noted_signals() as request, read_ahead(_remaining_batches(run, lesson)) as batches:
         # The initial student may be the policy of another run: its weights count, its optimizer does not.
         with phase("loading the student"):
             engine.load(lesson.folder, with_optimizer=lesson.folder != run.policy_folder(0))
-        state = _train(run, episode, engine, ranks, lesson, batches, request)
-        _publish_policy(run, episode, engine, ranks, replace(lesson, state=state))
+        with explained_memory_errors("learn.max_tokens_per_micro_batch", limit):
+            state = _train(run, episode, engine, ranks, lesson, batches, request)
+            _publish_policy(run, episode, engine, ranks, replace(lesson, state=state))
         if ranks.is_first:
             _write_note(run, episode, ranks, state, time.monotonic() - start)
     return True

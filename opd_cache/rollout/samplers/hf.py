@@ -26,7 +26,14 @@ from opd_cache.config import ModelConfig, RolloutConfig
 from opd_cache.errors import ConfigError, DivergedError
 from opd_cache.fingerprint import model_folder
 from opd_cache.inference import can_share_prompts, distinct_neighbours, prefill, use_cpu_attention, use_cpu_head
-from opd_cache.models import LanguageModel, dtype_name, load_model, load_weights_into, padded
+from opd_cache.models import (
+    LanguageModel,
+    dtype_name,
+    explained_memory_errors,
+    load_model,
+    load_weights_into,
+    padded,
+)
 from opd_cache.rollout.samples import Sample, SampleRequest
 from opd_cache.store.plans import SamplingPlan
 
@@ -126,7 +133,9 @@ class HFSampler:
         """Responses in any order, each with its request's key. Batches are formed by prompt length."""
         by_length = sorted(requests, key=lambda request: (len(request.prompt_ids), request.key))
         for start in range(0, len(by_length), self.batch_size):
-            yield from self._sample_batch(by_length[start : start + self.batch_size], plan)
+            with explained_memory_errors("rollout.batch_size", self.batch_size):
+                samples = list(self._sample_batch(by_length[start : start + self.batch_size], plan))
+            yield from samples
 
     def _check_context(self, prompt_tokens: int, max_new_tokens: int) -> None:
         assert self.model is not None

@@ -20,7 +20,7 @@ from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.inference import Prefilled, prefill, use_cpu_attention
-from opd_cache.models import LanguageModel, dtype_name, load_model, padded
+from opd_cache.models import LanguageModel, dtype_name, explained_memory_errors, load_model, padded
 from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
 
 # On a CPU the float32 logits of so many bytes stay in its cache.
@@ -81,8 +81,10 @@ class HFScorer:
                 scorable.append(request)
         share = self._shares_prompts(scorable)
         for batch in _batches(scorable, self.options.max_tokens_per_batch, share):
-            hidden_NH = self._hidden_shared(batch) if share else self._hidden_plain(batch)
-            yield from _split(self._token_scores(hidden_NH, batch, top_k), batch)
+            with explained_memory_errors("score.max_tokens_per_batch", self.options.max_tokens_per_batch):
+                hidden_NH = self._hidden_shared(batch) if share else self._hidden_plain(batch)
+                columns = self._token_scores(hidden_NH, batch, top_k)
+            yield from _split(columns, batch)
 
     def _chunk_rows(self, model: LanguageModel) -> int:
         """Rows whose logits are there at once."""
