@@ -20,7 +20,8 @@ from opd_cache.learn.fused import FusedLogprobs, check_fused, fused_logprobs
 from opd_cache.models import LanguageModel
 
 # The weight and its gradient are read for every chunk, so that much fewer rows are bound by memory; much more only fill it.
-ROWS_PER_CHUNK = 256
+# A GPU multiplies faster than it reads: there 1,024 rows take 54 ms where 256 take 94 and 2,048 take 47.
+ROWS_PER_CHUNK = {"cpu": 256, "cuda": 1024}
 VALUES_PER_CHUNK = 1 << 20  # a small vocabulary takes more rows than these: a chunk's own work is then what costs
 
 
@@ -133,7 +134,7 @@ class _HeadLoss(torch.autograd.Function):
                 total, known_NM = _loss_and_grad(
                     losses, slice(0, len(ids_NM)), *_gather_all(hidden, weight, bias, head, ids_NM)
                 )
-            for rows in _chunks(len(hidden), len(weight)):
+            for rows in _chunks(len(hidden), weight):
                 logits_NV, probs_NV, logprobs_NM, entropy_N = _gather(head, hidden[rows], weight, bias, ids_NM[rows])
                 if known_NM is None:
                     loss, grad_NM = _loss_and_grad(losses, rows, logprobs_NM, entropy_N)
@@ -197,7 +198,7 @@ def _gather_all(
 ) -> tuple[Tensor, Tensor]:
     logprobs_NM = torch.empty(ids_NM.shape, device=hidden_NH.device)
     entropy_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
-    for rows in _chunks(len(hidden_NH), len(weight_VH)):
+    for rows in _chunks(len(hidden_NH), weight_VH):
         logprobs_NM[rows], entropy_N[rows] = _gather(head, hidden_NH[rows], weight_VH, bias_V, ids_NM[rows])[2:]
     return logprobs_NM, entropy_N
 
@@ -224,11 +225,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def rows_per_chunk(vocab_size: int) -> int:
-    """Response tokens of a chunk."""
-    return max(ROWS_PER_CHUNK, VALUES_PER_CHUNK // vocab_size)
+def rows_per_chunk(vocab_size: int, device: str) -> int:
+    """Response tokens of a chunk on a type of device."""
+    return max(ROWS_PER_CHUNK.get(device, ROWS_PER_CHUNK["cpu"]), VALUES_PER_CHUNK // vocab_size)
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    size = rows_per_chunk(vocab_size)
+def _chunks(num_rows: int, weight_VH: Tensor) -> Iterator[slice]:
+    size = rows_per_chunk(len(weight_VH), weight_VH.device.type)
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

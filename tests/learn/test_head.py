@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_the_plain_formula(
     softcap: float | None,
     scale: float,
 ) -> None:
-    monkeypatch.setattr(head_module, "ROWS_PER_CHUNK", chunk)
+    monkeypatch.setitem(head_module.ROWS_PER_CHUNK, "cpu", chunk)
     monkeypatch.setattr(head_module, "VALUES_PER_CHUNK", 1)
     hidden, ids = inputs
     head = a_head(bias, softcap, scale)
@@ -199,7 +199,7 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(inputs: tuple[Tenso
 
 @pytest.mark.parametrize("looks_across", [False, True])
 def test_two_matrices_of_a_chunk_and_the_vocabulary_are_all_that_ever_exists(looks_across: bool) -> None:
-    rows = head_module.rows_per_chunk(VOCAB)
+    rows = head_module.rows_per_chunk(VOCAB, "cpu")
     tokens, size, alive = 4 * rows, rows * VOCAB, []
     largest = most = 0
 
