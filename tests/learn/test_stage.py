@@ -154,6 +154,16 @@ def test_an_unknown_logger_is_refused(make_recipe: Callable[..., Recipe], unlear
         make_recipe(unlearned, "learn.loggers=[mlflow]")
 
 
+def test_an_engine_that_cannot_be_imported_says_why(
+    make_recipe: Callable[..., Recipe], unlearned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    run = open_run(make_recipe(unlearned, "learn.engine=deepspeed"))
+    expected = r"^learn.engine = 'deepspeed', but deepspeed cannot be imported \(.*deepspeed.*\)\. Run: pip install"
+    with pytest.raises(ConfigError, match=expected):
+        learn_episode(run, 1, new_engine(run))
+
+
 def refused(kind: type[Exception], make_recipe: Callable[..., Recipe], path: Path, *settings: str) -> str:
     with pytest.raises(kind) as caught:
         learn(make_recipe, path, *settings)

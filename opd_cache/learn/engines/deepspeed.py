@@ -230,7 +230,7 @@ def _import_deepspeed(device: str) -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            "learn.engine = 'deepspeed', but deepspeed is not installed. Run: pip install 'opd-cache[deepspeed]'"
+            f"learn.engine = 'deepspeed', but deepspeed cannot be imported ({error}). Run: pip install 'opd-cache[deepspeed]'"
         ) from error
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler):
