@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peaks import largest_child_bytes, peak_bytes
+from peaks import device_peak_bytes, largest_child_bytes
 
 Spec = dict[str, Any]
 # Installed for other tests in one environment and not in the other; transformers and accelerate import what they find.
@@ -23,9 +23,10 @@ HIDDEN = ("deepspeed", "liger_kernel", "peft")
 
 
 class Watch:
-    """When imports ended, and when training did; and the peak of the largest process until then."""
+    """When imports ended, and when training did; and the peak of the largest process until then, or of the GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.times: dict[str, float] = {}
         self.peak_bytes = 0
 
@@ -34,7 +35,9 @@ class Watch:
 
     def trained(self) -> None:
         self.times["trained"] = time.time()
-        self.peak_bytes = max(peak_bytes(), largest_child_bytes())
+        self.peak_bytes = device_peak_bytes(self.device)
+        if self.device == "cpu":
+            self.peak_bytes = max(self.peak_bytes, largest_child_bytes())
 
 
 def opd_cache(spec: Spec, watch: Watch) -> dict[str, int]:
@@ -187,8 +190,11 @@ def _models(spec: Spec) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # On a GPU as opd-cache: weights that are trained in float32, the others in bfloat16.
+    dtypes = {"student": torch.float32, "teacher": torch.float32 if spec["device"] == "cpu" else torch.bfloat16}
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(spec[name], dtype=torch.float32) for name in ("student", "teacher")
+        AutoModelForCausalLM.from_pretrained(spec[name], dtype=dtype).to(spec["device"])
+        for name, dtype in dtypes.items()
     )
     return student, teacher
 
@@ -197,7 +203,8 @@ def _training_arguments(spec: Spec, micro_batch: int) -> dict[str, Any]:
     return {
         "output_dir": f"{spec['out']}/trl", "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": spec["batch"] // micro_batch, "max_steps": spec["steps"],
-        "max_grad_norm": spec["max_grad_norm"], "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
+        "max_grad_norm": spec["max_grad_norm"], "gradient_checkpointing": False,
+        "bf16": spec["device"] == "cuda", "use_cpu": spec["device"] == "cpu",
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "seed": spec["seed"],
     }  # fmt: skip
 
@@ -235,7 +242,8 @@ CONTESTANTS: dict[str, Callable[[Spec, Watch], dict[str, int]]] = {
 def main() -> None:
     name, path = sys.argv[1:]
     sys.modules.update(dict.fromkeys(HIDDEN))
-    spec, watch = json.loads(Path(path).read_text()), Watch()
+    spec = json.loads(Path(path).read_text())
+    watch = Watch(spec["device"])
     counts = CONTESTANTS[name](spec, watch)
     Path(spec["out"], "result.json").write_text(json.dumps({**watch.times, **counts, "peak_bytes": watch.peak_bytes}))
 

@@ -1,6 +1,7 @@
 """opd-cache against TRL's trainers that distil on the student's own samples: time, memory, and what is learned.
 
     python tools/bench/opd_vs_trl.py [--task letters|vocabulary] [--repeats 3] [--json FILE]
+    python tools/bench/opd_vs_trl.py --task vocabulary --device cuda --prompts 32 --batch 64 --gkd-micro-batch 8
 
 Contestants, each a process of its own with the same models, prompts in the same order, batch, optimizer, schedule, clip,
 lengths, temperature, dtype and threads:
@@ -12,7 +13,7 @@ lengths, temperature, dtype and threads:
 TRL's reverse KL runs over the whole vocabulary; opd-cache's over the teacher's top 8, the sampled token and a tail.
 Their order is rotated from repeat to repeat. Seconds count from the start of the process to the end of training, with
 and without imports; saving the student at TRL's end is left out, opd-cache's policies and shards are in. Peak memory is
-that of the largest process. TRL has an environment of its own: see tools/install.sh, install_trl_into.
+that of the largest process, on a GPU of what torch allocated there; there all compute in bfloat16. TRL has an environment of its own: see tools/install.sh, install_trl_into.
 """
 
 import argparse
@@ -54,17 +55,18 @@ def vocabulary(folder: Path, options: argparse.Namespace) -> list[str]:
     """Random models with a vocabulary of 151,936; steps of 8 rollouts, 4 of a prompt, two steps an episode."""
     for seed, name in enumerate(("student", "teacher")):
         save_tokenizer(VOCABULARY, folder / name)
-        save_random_model("vocabulary", folder / name, seed=seed, endless=True)
-    write_prompts(folder / "prompts.jsonl", 4 * options.episodes)
+        save_random_model("vocabulary", folder / name, seed=seed, endless=True, device=options.device)
+    write_prompts(folder / "prompts.jsonl", options.prompts * options.episodes)
+    model = {"device": options.device, "dtype": "float32" if options.device == "cpu" else "bfloat16"}
     recipe = {
         "num_episodes": options.episodes, "torch_threads": options.threads,
-        "student": {"model": f"{folder}/student", "device": "cpu", "dtype": "float32"},
-        "teachers": {"main": {"model": f"{folder}/teacher", "device": "cpu", "dtype": "float32"}},
+        "student": {"model": f"{folder}/student", **model},
+        "teachers": {"main": {"model": f"{folder}/teacher", **model}},
         "prompts": {"path": f"{folder}/prompts.jsonl"},
-        "rollout": {"prompts_per_episode": 4, "n_samples_per_prompt": 4, "prompts_per_shard": 4,
+        "rollout": {"prompts_per_episode": options.prompts, "n_samples_per_prompt": 4, "prompts_per_shard": options.prompts,
                     "max_new_tokens": options.tokens},
         "score": {"top_k": 8},
-        "learn": {"loss": {"name": "reverse_kl_topk"}, "train_batch_size": 8, "learning_rate": 1e-5, "lr_schedule": "linear"},
+        "learn": {"loss": {"name": "reverse_kl_topk"}, "train_batch_size": options.batch, "learning_rate": 1e-5, "lr_schedule": "linear"},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return [str(folder / "recipe.yaml")]
@@ -92,6 +94,7 @@ def shared_spec(folder: Path, arguments: list[str], options: argparse.Namespace)
         "max_new_tokens": recipe.rollout.max_new_tokens,
         "learning_rate": learn.learning_rate, "warmup_steps": learn.warmup_steps, "max_grad_norm": learn.max_grad_norm,
         "betas": [learn.adam_beta1, learn.adam_beta2], "seed": recipe.seed, "threads": options.threads, "replay": REPLAY,
+        "device": options.device,
     }  # fmt: skip
 
 
@@ -182,6 +185,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=DEFAULT)
     parser.add_argument("--episodes", type=int, help="default: letters 12 of 10 steps, vocabulary 1 of 2 steps")
     parser.add_argument("--tokens", type=int, default=300, help="vocabulary: of a response")
+    parser.add_argument("--prompts", type=int, default=4, help="vocabulary: of an episode, 4 samples of each")
+    parser.add_argument("--batch", type=int, default=8, help="vocabulary: rollouts of a step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="vocabulary")
     parser.add_argument("--gkd-micro-batch", type=int, help="rollouts; default: letters the batch, vocabulary 2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,6 +1,7 @@
-"""Peak memory of processes, as the kernel counts it for each."""
+"""Peak memory of processes, as the kernel counts it for each; and of a GPU, as torch does."""
 
 import resource
+import sys
 from pathlib import Path
 
 
@@ -23,6 +24,13 @@ def forget_peak() -> None:
 def largest_child_bytes() -> int:
     """Peak of the largest process that this one, or a process below it, has waited for; 0 without any."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def device_peak_bytes(device: str) -> int:
+    """Peak of this process where it computes: of what torch allocated on a GPU since it began or forgot, else resident."""
+    if device == "cpu":
+        return peak_bytes()
+    return sys.modules["torch"].cuda.max_memory_allocated(device)
 
 
 def _status(pid: int | str, name: str) -> int:

@@ -2,6 +2,7 @@
 
     python tools/bench/rollout.py [--model small|vocabulary] [--prompts 4] [--tokens 200] [--repeats 3] [--json FILE]
     .venv-vllm/bin/python tools/bench/rollout.py --engine vllm
+    python tools/bench/rollout.py --device cuda --dtype bfloat16 --model large --prompts 16 --only rates
 
 Rate: `rollout_episode` with a warm model, from plan to seal, its weights taken anew as after every learning, against
 `model.generate` (hf) or `LLM.generate` (vllm) over the same prompts, 8 samples of each, none ending before its length;
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import EOS, SHAPES, save_random_model, save_tokenizer, write_prompts
+from models import EOS, SHAPES, device_name, finish, save_random_model, save_tokenizer, write_prompts
 
 from opd_cache.models import padded
 from opd_cache.prompts.intake import read_prompt_ids
@@ -37,14 +38,15 @@ TARGET_FIXED_S = 1.0
 VLLM = {"kv_cache_memory_bytes": 1 << 29, "block_size": 32, "max_num_seqs": 64, "max_model_len": 1024}
 
 
-def make_recipe(folder: Path, shape: str, engine: str, prompts: int, tokens: int, samples: int, threads: int) -> str:
+def make_recipe(folder: Path, shape: str, prompts: int, tokens: int, samples: int, options: argparse.Namespace) -> str:
     """A recipe, its model and its prompts of 180 to 220 tokens; no response ends before its length."""
+    engine, device = options.engine, options.device
     save_tokenizer(SHAPES[shape]["vocab_size"], folder / "model")
-    save_random_model(shape, folder / "model", endless=True)
+    save_random_model(shape, folder / "model", endless=True, device=device)
     write_prompts(folder / "prompts.jsonl", prompts)
-    model = {"model": f"{folder}/model", "device": "cpu", "dtype": "float32"}
+    model = {"model": f"{folder}/model", "device": device, "dtype": options.dtype}
     recipe = {
-        "torch_threads": threads, "student": model, "teachers": {"main": model}, "prompts": {"path": f"{folder}/prompts.jsonl"},
+        "torch_threads": options.threads, "student": model, "teachers": {"main": model}, "prompts": {"path": f"{folder}/prompts.jsonl"},
         "rollout": {"sampler": engine, "vllm": VLLM, "prompts_per_episode": prompts, "n_samples_per_prompt": samples,
                     "prompts_per_shard": prompts, "max_new_tokens": tokens},
         "score": {"scorer": engine, "vllm": VLLM},
@@ -64,7 +66,7 @@ def stage_seconds(recipe: str, sampler: Any, run_dir: Path) -> float:
 def generate_hf(sampler: Any, prompts: list[np.ndarray], tokens: int, samples: int) -> None:
     """What people call: one batch, left-padded."""
     rows = [prompt for prompt in prompts for _ in range(samples)]
-    ids, mask = padded(rows, "left", torch.device("cpu"))
+    ids, mask = padded(rows, "left", sampler.model.device)
     with torch.inference_mode():
         found = sampler.model.module.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=tokens,
@@ -87,9 +89,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the stage and of its engine alone, and the ratio of their rates."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = make_recipe(
-            folder, options.model, options.engine, options.prompts, options.tokens, options.samples, options.threads
-        )
+        recipe = make_recipe(folder, options.model, options.prompts, options.tokens, options.samples, options)
         run = open_run(load_recipe([recipe, f"run_dir={folder}/first"]))
         torch.set_num_threads(options.threads)
         sampler = new_sampler(run, run.recipe.student)
@@ -98,7 +98,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         alone = {"hf": generate_hf, "vllm": generate_vllm}[options.engine]
         ways: dict[str, Callable[[int], float]] = {
             "stage": lambda repeat: stage_seconds(recipe, sampler, folder / f"run-{repeat}"),
-            "alone": lambda _: _timed(lambda: alone(sampler, prompts, options.tokens, options.samples)),
+            "alone": lambda _: _timed(lambda: alone(sampler, prompts, options.tokens, options.samples), options.device),
         }
         ways["alone"](0)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -109,20 +109,21 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
     median = {way: statistics.median(values) for way, values in seconds.items()}
     tokens = options.prompts * options.samples * options.tokens
     return {
-        "engine": options.engine, "model": options.model, "tokens": tokens, "seconds": seconds,
+        "engine": options.engine, "device": device_name(options.device), "dtype": options.dtype, "model": options.model, "tokens": tokens, "seconds": seconds,
         "tokens_per_s": {way: tokens / value for way, value in median.items()}, "ratio": median["alone"] / median["stage"],
     }  # fmt: skip
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], None], device: str) -> float:
     start = time.perf_counter()
     work()
+    finish(device)
     return time.perf_counter() - start
 
 
 # What no stage can avoid, in a process that imports nothing of this project.
 LOADERS = {
-    "hf": "import torch, transformers; torch.set_num_threads({threads}); transformers.AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)",
+    "hf": "import torch, transformers; torch.set_num_threads({threads}); transformers.AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.{dtype}).to({device!r})",
     "vllm": "import vllm; vllm.LLM({folder!r}, dtype='float32', skip_tokenizer_init=True, generation_config='vllm', **{settings})",
 }
 
@@ -133,7 +134,7 @@ def fixed_costs(options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (*STAGES, *{"hf", options.engine})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = make_recipe(folder, "quickstart", options.engine, 2, 4, 1, options.threads)
+        recipe = make_recipe(folder, "quickstart", 2, 4, 1, options)
         for repeat in range(options.repeats + 1):
             run_dir = f"run_dir={folder}/run-{repeat}"
             open_run(load_recipe([recipe, run_dir]))  # takes the prompts in, once a run
@@ -141,7 +142,13 @@ def fixed_costs(options: argparse.Namespace) -> dict[str, Any]:
                 command = [sys.executable, "-m", "opd_cache", stage, recipe, run_dir, "--episode", "0"]
                 seconds[stage].append(_command_seconds(command, {}))
             for engine in seconds.keys() - set(STAGES):
-                loader = LOADERS[engine].format(threads=options.threads, folder=f"{folder}/model", settings=VLLM)
+                loader = LOADERS[engine].format(
+                    threads=options.threads,
+                    folder=f"{folder}/model",
+                    settings=VLLM,
+                    device=options.device,
+                    dtype=options.dtype,
+                )
                 seconds[engine].append(_command_seconds([sys.executable, "-c", loader], quiet))
     seconds = {
         name: pairs[1:] for name, pairs in seconds.items()
@@ -167,7 +174,10 @@ def _command_seconds(command: list[str], environment: dict[str, str]) -> tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=LOADERS, default="hf")
-    parser.add_argument("--model", choices=("quickstart", "small", "vocabulary"), default="small")
+    parser.add_argument("--model", choices=("quickstart", "small", "vocabulary", "large"), default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", choices=("rates", "fixed"), help="default: both")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8, help="of a prompt")
     parser.add_argument("--tokens", type=int, default=200, help="of a response")
@@ -175,10 +185,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    fixed, rate = fixed_costs(options), rates(options)
+    fixed = fixed_costs(options) if options.only != "rates" else {"fixed_s": {}}
+    rate = rates(options) if options.only != "fixed" else {}
     if options.json:
         options.json.write_text(json.dumps({"rate": rate, "fixed": fixed}, indent=2) + "\n")
-    print(f"{rate['tokens']} tokens by {options.engine}, {options.model}: " + ", ".join(f"{way} {value:.0f} tokens/s" for way, value in rate["tokens_per_s"].items()) + f", ratio {rate['ratio']:.2f}")  # fmt: skip
+    if rate:
+        print(f"{rate['tokens']} tokens by {options.engine}, {options.model}, {rate['device']}: " + ", ".join(f"{way} {value:.0f} tokens/s" for way, value in rate["tokens_per_s"].items()) + f", ratio {rate['ratio']:.2f}")  # fmt: skip
     for stage, value in fixed["fixed_s"].items():
         cpu = fixed["fixed_cpu_s"][stage]
         print(
