@@ -183,13 +183,13 @@ class LearnConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     liger: str = option(
-        "auto",
-        "Liger's fused LM head, for losses on the sampled token alone (entropies are then rounded to bfloat16). auto: in bfloat16 on a Hopper GPU, where it is installed (the `liger` extra); always: or stop.",
+        "never",
+        "Liger's fused LM head, for losses on the sampled token alone (entropies are then rounded to bfloat16). It compiles for seconds, for every size of micro-batch anew: for thousands of steps in one process. auto: in bfloat16 on a Hopper GPU, where it is installed (the `liger` extra); always: or stop.",
         choices=("auto", "never", "always"),
     )
     gradient_checkpointing: str = option(
         "none",
-        "Activations computed again in the backward. selective: all but matrix products and attention, half the memory for a few percent of time; full: whole blocks, least memory, a third more compute.",
+        "Activations computed again in the backward. selective: all but matrix products and attention, half the memory, for a few percent of time on a CPU and some 60 % on a GPU; full: whole blocks, least memory, a third more compute.",
         choices=("none", "selective", "full"),
     )
     mask_truncated: bool = option(False, "Leave responses that hit max_new_tokens out of the loss.")
