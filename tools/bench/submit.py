@@ -23,7 +23,7 @@ REPEATS = 3
 
 def seconds(command: list[str], environment: dict[str, str]) -> float:
     start = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -39,7 +39,7 @@ def make_task(folder: Path, num_prompts: int) -> Path:
         "student": {"model": f"{folder}/student"},
         "teachers": {"main": {"model": f"{folder}/student"}},
         "prompts": {"path": f"{folder}/prompts.jsonl"},
-        "rollout": {"prompts_per_episode": num_prompts, "prompts_per_shard": 1},
+        "rollout": {"prompts_per_episode": num_prompts, "prompts_per_shard": 1, "max_new_tokens": 16},
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
