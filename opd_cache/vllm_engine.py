@@ -185,10 +185,14 @@ def flat_columns(flat: Any, begin: int, ids: Int32Array, top_k: int) -> FlatColu
 
 
 def _check_folder(folder: Path, config: ModelConfig) -> None:
+    from transformers import CONFIG_MAPPING
+
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: holds LoRA adapters and no whole model, which vLLM cannot load here. Use learn.lora.merge=true, or a merged model."
         )
-    has_code = "auto_map" in json.loads((folder / "config.json").read_text())
-    if has_code and not config.trust_remote_code:
+    content = json.loads((folder / "config.json").read_text())
+    # Code beside a model that transformers knows is not run; the model is loaded without it.
+    needs_code = "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING
+    if needs_code and not config.trust_remote_code:
         raise ModelError(f"{folder}: comes with Python code of its own (auto_map in config.json). {TRUST_HINT}")

@@ -156,6 +156,19 @@ def test_a_model_with_code_of_its_own_is_refused_unless_the_recipe_allows_it(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_known_model_is_loaded_without_the_code_beside_it(teacher_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    content = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps({**content, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    expected = by_key(HFScorer(config(teacher_folder), ScoreConfig()), requests(num_prompts=1), 0)
+    found = by_key(VllmScorer(config(folder), ScoreConfig(vllm=VllmOptions(**SMALL))), requests(num_prompts=1), 0)
+    for key, scores in expected.items():
+        np.testing.assert_allclose(found[key].logprobs, scores.logprobs, atol=2e-5, rtol=0)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_lora_adapters_without_a_model_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(teacher_folder)}))
