@@ -72,10 +72,11 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=6, help="operators to name")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.episodes, options.task_dir = 1, None
+    recipe = ["--only", "opd-cache", "--episodes", "1"]
+    recipe += [text for key in ("task", "tokens", "threads") for text in (f"--{key}", str(getattr(options, key)))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = getattr(opd_vs_trl, options.task)(folder, options)
+        arguments = getattr(opd_vs_trl, options.task)(folder, opd_vs_trl.options_of(recipe))
         run = open_run(load_recipe([*arguments, f"run_dir={folder}/run"]))
         stages = InlineStages(run)
         found = {stage: profile_stage(stages, stage) for stage in STAGES}
