@@ -40,8 +40,8 @@ def kind_of(operator: str) -> str:
 
 
 def profile_stage(stages: InlineStages, stage: str) -> dict[str, Any]:
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
+        start = time.perf_counter()
         stages(stage, 0)
         seconds = time.perf_counter() - start
     by_operator = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
