@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the benchmarks one after the other and keeps the figures of each as JSON; then: python tools/render_readme.py
+# Runs the benchmarks one after the other, keeps the figures of each as JSON, and writes the README's table of targets from them
 #   bash tools/bench/run.sh [--quick] [--out DIR] [NAME...]      without NAME: all
 #   --quick   small sizes: whether everything runs, in some minutes, with figures that mean little
-#   --out     where the JSON goes (default tools/bench/results; with --quick a temporary folder)
+#   --out     where the JSON goes (default tools/bench/results; with --quick a temporary folder); the README follows the default alone
 #   VENV, VLLM_VENV, TRL_VENV   environments (default .venv, .venv-vllm, .venv-trl)
 # The machine should have nothing else to do. Exit status 1 where a benchmark failed; the others have run.
 set -uo pipefail
@@ -82,4 +82,5 @@ bench serve "" "--tokens 500000 --repeats 1" "$VENV" serve.py
 bench health "" "--tokens 1000000" "$VENV" health.py
 bench submit "" "--shards 10 --episodes 1" "$VENV" submit.py
 echo "figures: $out" >&2
+if [ "$out" = tools/bench/results ]; then "$VENV/bin/python" tools/render_readme.py; fi
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}" >&2 && exit 1; fi
