@@ -8,11 +8,12 @@ the head runs only at the positions that predict a response token.
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ LOADING_ERRORS = (
     torch.serialization.pickle.UnpicklingError,  # weights in a .bin file that are more than tensors
 )  # fmt: skip
 TRUST_HINT = "Set trust_remote_code=true for this model if you know it."
+T = TypeVar("T")
 ADAPTER_CONFIG = "adapter_config.json"
 
 # Share of the largest logit. Both ways run the same kernels; what differs is the rounding of another batch shape.
@@ -96,6 +98,18 @@ def padded(
         ids[row, place] = sequence
         mask[row, place] = 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def tensors_on(device: torch.device, holder: T) -> T:
+    """A dataclass with its tensors, and those of dataclasses in it, on a device."""
+    moved: dict[str, Any] = {}
+    for field in dataclasses.fields(holder):  # type: ignore[arg-type]
+        value = getattr(holder, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif dataclasses.is_dataclass(value):
+            moved[field.name] = tensors_on(device, value)
+    return dataclasses.replace(holder, **moved)  # type: ignore[type-var]
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ HOMES = {
         "inference.py",
         "models.py",
         "learn/engines/",
+        "learn/shared_prompts.py",
         "rollout/samplers/",
         "score/scorers/",
         "quickstart/",

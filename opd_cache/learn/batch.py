@@ -1,21 +1,20 @@
-"""From joined rows to tensors: which rank learns which rows, in which micro-batches.
-
-The shift between a token and the position that predicts it happens here and nowhere else. Every rank sees the whole
-global batch and comes to the same division, so that nothing has to be agreed upon.
-"""
+"""From joined rows to tensors. The shift between a token and the position that predicts it happens here and nowhere else."""
 
 # B sequences, T positions, N response tokens of all sequences in a row, K teacher top-k
 
-import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_cache.inference import distinct_neighbours
+from opd_cache.learn.divide import Layout, RowSize, divide
+from opd_cache.learn.shared_prompts import SharedPrompts, shared_prompts
 from opd_cache.models import padded
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
@@ -26,12 +25,13 @@ class MicroBatch:
     """One forward and backward. Per-token tensors are flat: N response tokens, sequence after sequence.
 
     Padded: attention_mask_BT marks the real positions. Packed: B is 1, the sequences stand behind each other without
-    padding and position_ids_BT starts at 0 for each.
+    padding and position_ids_BT starts at 0 for each. Shared: the same, with each prompt once before all its responses.
     """
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor | None
     position_ids_BT: Tensor | None
+    shared_prompts: SharedPrompts | None
     predictor_N: Tensor  # flat index into [B * T] of the position whose hidden state predicts the token
     row_N: Tensor  # which sequence of the micro-batch each token belongs to
     target_ids_N: Tensor
@@ -82,51 +82,11 @@ def sampled_values(values: npt.NDArray | None, places: npt.NDArray[np.int64]) ->
     return np.full(len(places), np.nan, np.float32) if values is None else values[places]
 
 
-def divide(lengths: Sequence[int], world: int, max_tokens: int, packed: bool) -> list[list[list[int]]]:
-    """Micro-batches of row indices for every rank, of at most `max_tokens` tokens each (or one longer row).
-
-    Longest first, each row to the rank with the least tokens so far. A padded micro-batch costs its longest row times
-    its rows, so neighbours by length share one; a packed one costs the sum.
-    """
-    ranks: list[list[int]] = [[] for _ in range(world)]
-    loads = [(0, rank) for rank in range(world)]
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        load, rank = heapq.heappop(loads)
-        ranks[rank].append(row)
-        heapq.heappush(loads, (load + lengths[row], rank))
-    split = _packs if packed else _runs_of_neighbours
-    return [split(rows, lengths, max_tokens) for rows in ranks]
-
-
-def _runs_of_neighbours(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    runs, start = [], 0
-    while start < len(rows):
-        count = max(1, max_tokens // lengths[rows[start]])
-        runs.append(rows[start : start + count])
-        start += count
-    return runs
-
-
-def _packs(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First fit, longest first."""
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for row in rows:
-        place = next((index for index, free in enumerate(room) if free >= lengths[row]), None)
-        if place is None:
-            packs.append([row])
-            room.append(max_tokens - lengths[row])
-        else:
-            packs[place].append(row)
-            room[place] -= lengths[row]
-    return packs
-
-
 def micro_batches(
     rows: Sequence[Joined],
     rewards: Sequence[float],
     max_tokens: int,
-    packed: bool = False,
+    layout: Layout = "padded",
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[MicroBatch]:
@@ -136,35 +96,54 @@ def micro_batches(
     """
     if not rows:
         return
-    parts = divide([rollout.num_tokens for rollout, _ in rows], world, max_tokens, packed)
+    prompts = [rollout.prompt_ids for rollout, _ in rows]
+    numbers = distinct_neighbours(prompts)
+    sizes = [
+        RowSize(len(prompt), len(rollout.response_ids), number)
+        for prompt, (rollout, _), number in zip(prompts, rows, numbers, strict=True)
+    ]
+    parts = divide(sizes, world, max_tokens, layout)
     for index in range(max(len(part) for part in parts)):
         mine = parts[rank][index] if index < len(parts[rank]) else None
         # The first rank's last micro-batch is among the cheapest there are.
         chosen = mine or parts[0][-1][-1:]
-        yield _micro_batch([rows[i] for i in chosen], [rewards[i] for i in chosen], packed, counts=mine is not None)
+        if layout == "shared":  # pieces of one prompt meet again
+            chosen = sorted(chosen)
+        groups = [list(group) for _, group in groupby(chosen, key=lambda row: numbers[row])]
+        yield _micro_batch(
+            [[rows[row] for row in group] for group in groups],
+            [rewards[row] for row in chosen],
+            layout,
+            counts=mine is not None,
+        )
 
 
-def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], packed: bool, counts: bool) -> MicroBatch:
-    sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout, _ in rows]
-    prompts = [len(rollout.prompt_ids) for rollout, _ in rows]
+def _micro_batch(
+    groups: Sequence[Sequence[Joined]], rewards: Sequence[float], layout: Layout, counts: bool
+) -> MicroBatch:
+    """groups: neighbours with one prompt."""
+    rows = [row for group in groups for row in group]
     kept = [loss_places(rollout) for rollout, _ in rows]
     num_kept = torch.tensor([len(places) for places in kept])
-    lengths = [len(sequence) for sequence in sequences]
-    if packed:
-        ids, mask = padded([np.concatenate(sequences)], "right", torch.device("cpu"))[0], None
-        positions = _tensor([np.arange(length) for length in lengths], torch.int64)[None]
-        starts = np.cumsum([0, *lengths[:-1]])
-    else:
-        ids, mask = padded(sequences, "right", torch.device("cpu"))
-        positions = None
-        starts = np.arange(len(rows)) * ids.shape[1]
+    if layout != "shared":
+        groups = [[row] for row in rows]
+    place = _in_a_rectangle if layout == "padded" else _in_one_row
+    ids, mask, positions, last_of_prompts, starts = place([[rollout for rollout, _ in group] for group in groups])
+    shared = None
+    if layout == "shared":
+        prompts = [len(group[0][0].prompt_ids) for group in groups]
+        shared = shared_prompts(prompts, [[len(rollout.response_ids) for rollout, _ in group] for group in groups])
     # logits at i − 1 predict token i
-    predictors = [start + prompt - 1 + places for start, prompt, places in zip(starts, prompts, kept, strict=True)]
+    predictors = [
+        np.where(places == 0, last, start + places - 1)
+        for last, start, places in zip(last_of_prompts, starts, kept, strict=True)
+    ]
     placed = [(rollout, score, places) for (rollout, score), places in zip(rows, kept, strict=True)]
     return MicroBatch(
         input_ids_BT=ids,
         attention_mask_BT=mask,
         position_ids_BT=positions,
+        shared_prompts=shared,
         predictor_N=_tensor(predictors, torch.int64),
         row_N=torch.repeat_interleave(torch.arange(len(rows)), num_kept),
         target_ids_N=_tensor([rollout.response_ids[places] for rollout, _, places in placed], torch.int64),
@@ -177,6 +156,47 @@ def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], packed: bool,
         reward_advantages_N=torch.repeat_interleave(torch.tensor(rewards, dtype=torch.float32), num_kept),
         counts=counts,
     )
+
+
+class _Placed(NamedTuple):
+    """Where the sequences lie: flat positions of each row's last prompt token and of its first response token."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor | None
+    positions_BT: Tensor | None
+    last_of_prompts: list[int]
+    starts: list[int]
+
+
+def _in_a_rectangle(groups: Sequence[Sequence[Rollout]]) -> _Placed:
+    """Rows of whole sequences, one rollout a group, padded on the right."""
+    rollouts = [rollout for group in groups for rollout in group]
+    sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
+    ids, mask = padded(sequences, "right", torch.device("cpu"))
+    starts = [row * ids.shape[1] + len(rollout.prompt_ids) for row, rollout in enumerate(rollouts)]
+    return _Placed(ids, mask, None, [start - 1 for start in starts], starts)
+
+
+def _in_one_row(groups: Sequence[Sequence[Rollout]]) -> _Placed:
+    """Each group's prompt, then all its responses, which count their positions from the prompt's end."""
+    parts: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    lasts: list[int] = []
+    starts: list[int] = []
+    end = 0
+    for group in groups:
+        prompt = len(group[0].prompt_ids)
+        parts.append(group[0].prompt_ids)
+        positions.append(np.arange(prompt))
+        end += prompt
+        last = end - 1
+        for rollout in group:
+            parts.append(rollout.response_ids)
+            positions.append(prompt + np.arange(len(rollout.response_ids)))
+            lasts.append(last)
+            starts.append(end)
+            end += len(rollout.response_ids)
+    return _Placed(_tensor(parts, torch.int64)[None], None, _tensor(positions, torch.int64)[None], lasts, starts)
 
 
 def _tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.divide import Layout
 from opd_cache.learn.objective import Objective
 from opd_cache.learn.ranks import Ranks
 
@@ -27,8 +28,8 @@ class Engine(Protocol):
         """Token ids that the student has an embedding for."""
 
     @property
-    def packs(self) -> bool:
-        """Whether micro-batches come without padding."""
+    def layout(self) -> Layout:
+        """How micro-batches are to lie."""
 
     def load(self, folder: Path, with_optimizer: bool) -> None:
         """Take the weights of a folder, and the optimizer's state of a policy or checkpoint; nothing to do when they are

@@ -31,10 +31,9 @@ from opd_cache.learn.plan import LearnPlan, plan_facts, plan_learning
 from opd_cache.learn.ranks import ALONE, Ranks
 from opd_cache.learn.step import Trainer, max_tokens_per_micro_batch
 from opd_cache.learn.stream import Source, planned_rows, read_ahead
-from opd_cache.learn.student import on_device
 from opd_cache.learn.teachers import teaching_facts
 from opd_cache.logs import StageProgress, short
-from opd_cache.models import explained_memory_errors
+from opd_cache.models import explained_memory_errors, tensors_on
 from opd_cache.notes import write_note
 from opd_cache.run import Run
 from opd_cache.run_dir import CANARY, PLAN, SCHEMA_VERSION, TRAINER
@@ -251,7 +250,7 @@ def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
     return {
         "prompt_ids": rollout.prompt_ids.tolist(),
         "response_ids": rollout.response_ids.tolist(),
-        "logprobs": engine.sampled_logprobs(on_device(batch, engine.device)).tolist(),
+        "logprobs": engine.sampled_logprobs(tensors_on(engine.device, batch)).tolist(),
     }
 
 

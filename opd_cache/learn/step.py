@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_cache.config import ModelConfig, Recipe
+from opd_cache.errors import ModelError
 from opd_cache.estimate import micro_batch_tokens, model_size
 from opd_cache.fingerprint import model_folder
 from opd_cache.learn.batch import MicroBatch, loss_places, micro_batches, rows_to_learn, sampled_values
@@ -17,8 +18,8 @@ from opd_cache.learn.losses import resolve_loss, token_advantages
 from opd_cache.learn.objective import FIGURES, Objective, StepFacts, summarize
 from opd_cache.learn.ranks import Ranks
 from opd_cache.learn.rewards import group_advantages, mean_reward
-from opd_cache.learn.student import Student, on_device
-from opd_cache.models import autocast_dtype, gpu_bytes, load_model
+from opd_cache.learn.student import Student
+from opd_cache.models import autocast_dtype, gpu_bytes, load_model, tensors_on
 from opd_cache.store.join import Joined
 
 
@@ -43,7 +44,7 @@ class Trainer:
         self.reference: Student | None = None
         # A LoRA adapter that is switched off leaves the initial student; anything else is a model of its own.
         if self.config.kl_coef > 0 and (self.config.lora.rank is None or self.config.reference is not None):
-            self.reference = _load_reference(recipe, engine.device)
+            self.reference = _load_reference(recipe, engine)
 
     def step(self, batch: Sequence[Joined], step: int, learning_rate: float, read_s: float) -> dict[str, Any]:
         """Forward, backward and optimizer on one global batch; returns its row of steps.parquet, whole on the first rank.
@@ -80,7 +81,7 @@ class Trainer:
             rows,
             rewards,
             self.max_tokens,
-            packed=self.engine.packs,
+            layout=self.engine.layout,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )
@@ -88,7 +89,7 @@ class Trainer:
         micro = next(micros, None)
         while micro is not None:
             following = next(micros, None)
-            moved = on_device(micro, self.engine.device)
+            moved = tensors_on(self.engine.device, micro)
             objective = Objective(
                 self.loss, self.config, facts, moved, self.engine.vocab_size, self._reference_logprobs(moved)
             )
@@ -132,8 +133,9 @@ class Trainer:
         }
 
 
-def _load_reference(recipe: Recipe, device: torch.device) -> Student:
-    student = recipe.student
+def _load_reference(recipe: Recipe, engine: Engine) -> Student:
+    """Raises ModelError where it cannot compute the micro-batches that the engine's student takes."""
+    student, device = recipe.student, engine.device
     source = recipe.learn.reference or str(model_folder(student))
     dtype = autocast_dtype(recipe.learn.precision, device) or torch.float32
     config = ModelConfig(
@@ -143,4 +145,9 @@ def _load_reference(recipe: Recipe, device: torch.device) -> Student:
         attn_implementation=student.attn_implementation,
         trust_remote_code=student.trust_remote_code,
     )
-    return Student(load_model(config, "reference policy").frozen())
+    reference = Student(load_model(config, "reference policy").frozen())
+    if reference.use_layout(recipe.learn.packing) != engine.layout:
+        raise ModelError(
+            f"reference policy {source!r}: cannot compute {engine.layout} sequences as the student does. Use learn.packing=never."
+        )
+    return reference

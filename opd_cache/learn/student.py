@@ -3,7 +3,6 @@
 # B sequences, T positions, N response tokens, K teacher top-k, H hidden size
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 
 from opd_cache.errors import ModelError
 from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.divide import Layout
 from opd_cache.learn.head import Head
 from opd_cache.learn.objective import Objective
+from opd_cache.learn.shared_prompts import hidden_of_shared, use_shared_prompts
 from opd_cache.models import PROBE_TOLERANCE, LanguageModel, autocast_dtype
 
 
@@ -46,16 +47,25 @@ class Student(nn.Module):
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden states [N, H] of the positions that predict a response token."""
         options = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
-        hidden_BTH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT, **options)
+        if batch.shared_prompts is not None:
+            hidden_BTH = hidden_of_shared(self.model, batch.input_ids_BT, batch.shared_prompts, **options)
+        else:
+            hidden_BTH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT, **options)
         return hidden_BTH.flatten(0, 1)[batch.predictor_N]
 
-    def uses_packing(self, wanted: str) -> bool:
-        """Whether micro-batches are to be packed: learn.packing, resolved for this model. Raises ModelError."""
-        attention = str(self.model.module.config._attn_implementation)
-        if wanted == "never" or (wanted == "auto" and "flash" not in attention):
-            return False
+    def use_layout(self, packing: str) -> Layout:
+        """How micro-batches are to lie: learn.packing, resolved for this model, which is made ready for it.
+
+        Raises ModelError where packing is asked for that the model cannot do.
+        """
+        if packing == "never":
+            return "padded"
+        if use_shared_prompts(self.model):
+            return "shared"
+        if packing == "auto" and "flash" not in str(self.model.module.config._attn_implementation):
+            return "padded"
         self.check_packing()
-        return True
+        return "packed"
 
     def check_packing(self) -> None:
         """Refuse a model whose packed sequences see each other. Raises ModelError."""
@@ -70,13 +80,3 @@ class Student(nn.Module):
             raise ModelError(
                 f"{self.model.source}: with attn_implementation={self.model.module.config._attn_implementation!r} packed sequences see each other. Use learn.packing=never."
             )
-
-
-def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on a device."""
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor)
-    }
-    return dataclasses.replace(batch, **moved)

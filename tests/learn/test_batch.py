@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ModelError
-from opd_cache.learn.batch import divide, micro_batches
+from opd_cache.learn.batch import micro_batches
+from opd_cache.learn.divide import Layout, RowSize, divide
 from opd_cache.learn.student import Student
 from opd_cache.models import load_model
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
-lengths_of_rows = st.lists(st.integers(1, 90), min_size=1, max_size=60)
+LAYOUTS = get_args(Layout)
 
 
 def joined_row(prompt: list[int], response: list[int], sample: int = 0) -> Joined:
@@ -36,42 +38,79 @@ def joined_row(prompt: list[int], response: list[int], sample: int = 0) -> Joine
     return rollout, score
 
 
-@given(lengths_of_rows, st.integers(1, 5), st.integers(1, 200), st.booleans())
+sizes_of_rows = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(1, 50), min_size=1, max_size=8)), min_size=1, max_size=12
+).map(
+    lambda prompts: [
+        RowSize(prompt, response, number) for number, (prompt, its) in enumerate(prompts) for response in its
+    ]
+)
+
+
+def cost(micro: list[int], sizes: list[RowSize], layout: Layout) -> int:
+    """Positions that the body computes."""
+    tokens = [sizes[row].tokens for row in micro]
+    if layout == "padded":
+        return len(micro) * max(tokens)
+    if layout == "packed":
+        return sum(tokens)
+    prompts = {sizes[row].prompt_number: sizes[row].prompt for row in micro}
+    return sum(prompts.values()) + sum(sizes[row].response for row in micro)
+
+
+@given(sizes_of_rows, st.integers(1, 5), st.integers(1, 200), st.sampled_from(LAYOUTS))
 def test_every_row_is_in_exactly_one_micro_batch_of_one_rank(
-    lengths: list[int], world: int, budget: int, packed: bool
+    sizes: list[RowSize], world: int, budget: int, layout: Layout
 ) -> None:
-    ranks = divide(lengths, world, budget, packed)
+    ranks = divide(sizes, world, budget, layout)
     assert len(ranks) == world
-    assert Counter(row for rank in ranks for micro in rank for row in micro) == Counter(range(len(lengths)))
+    assert Counter(row for rank in ranks for micro in rank for row in micro) == Counter(range(len(sizes)))
     for micro in (micro for rank in ranks for micro in rank):
-        cost = sum(lengths[row] for row in micro) if packed else len(micro) * max(lengths[row] for row in micro)
-        assert cost <= budget or len(micro) == 1
+        assert cost(micro, sizes, layout) <= budget or len(micro) == 1
 
 
 @given(st.lists(st.integers(1, 90), min_size=40, max_size=80), st.integers(2, 4))
 def test_ranks_get_nearly_the_same_number_of_tokens(lengths: list[int], world: int) -> None:
-    loads = [sum(lengths[row] for micro in rank for row in micro) for rank in divide(lengths, world, 100, False)]
+    sizes = [RowSize(1, length, number) for number, length in enumerate(lengths)]
+    loads = [sum(lengths[row] for micro in rank for row in micro) for rank in divide(sizes, world, 100, "padded")]
     assert max(loads) - min(loads) <= max(lengths)
 
 
-@given(lengths_of_rows, st.integers(1, 4), st.integers(1, 200), st.booleans())
+@given(st.lists(st.integers(5, 50), min_size=8, max_size=8), st.integers(1, 4))
+def test_ranks_share_out_even_the_responses_of_a_single_prompt(lengths: list[int], world: int) -> None:
+    sizes = [RowSize(10, length) for length in lengths]
+    ranks = divide(sizes, world, 10**6, "shared")
+    loads = [sum(cost(micro, sizes, "shared") for micro in rank) for rank in ranks]
+    assert max(loads) <= sum(loads) / world + 10 + 2 * max(lengths)
+
+
+def test_one_rank_computes_a_prompt_once_where_the_budget_allows() -> None:
+    sizes = [RowSize(100, 50, number) for number in (0, 0, 0, 0, 1, 1)]
+    assert divide(sizes, 1, 300, "shared") == [[[0, 1, 2, 3], [4, 5]]]
+    # 200 take two responses of a prompt.
+    assert divide(sizes, 1, 200, "shared") == [[[0, 1], [2, 3], [4, 5]]]
+
+
+@given(sizes_of_rows, st.integers(1, 4), st.integers(1, 200), st.sampled_from(LAYOUTS))
 def test_every_rank_runs_as_many_micro_batches_and_each_token_counts_once(
-    lengths: list[int], world: int, budget: int, packed: bool
+    sizes: list[RowSize], world: int, budget: int, layout: Layout
 ) -> None:
-    rows = [joined_row([5], list(range(2, 2 + length)), sample) for sample, length in enumerate(lengths)]
-    ranks = [list(micro_batches(rows, [0.0] * len(rows), budget, packed, rank, world)) for rank in range(world)]
+    rows = [
+        joined_row([size.prompt_number] * size.prompt, list(range(2, 2 + size.response)), sample)
+        for sample, size in enumerate(sizes)
+    ]
+    ranks = [list(micro_batches(rows, [0.0] * len(rows), budget, layout, rank, world)) for rank in range(world)]
     assert len({len(micros) for micros in ranks}) == 1
-    counted = sum(len(micro.target_ids_N) for micros in ranks for micro in micros if micro.counts)
-    assert counted == sum(lengths)
+    counted = [token for micros in ranks for micro in micros if micro.counts for token in micro.target_ids_N.tolist()]
+    assert Counter(counted) == Counter(token for size in sizes for token in range(2, 2 + size.response))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_each_token_is_predicted_from_the_position_before_it(packed: bool) -> None:
-    rows = [joined_row([11, 12, 13], [14, 15]), joined_row([21], [22, 23, 24, 25]), joined_row([31, 32], [33])]
-    (micro,) = micro_batches(rows, [0.5, -0.5, 0.0], 100, packed)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_token_is_predicted_from_the_position_before_it(layout: Layout) -> None:
+    rows = [joined_row([11, 12, 13], [14, 15]), joined_row([21], [22, 23, 24, 25]), joined_row([21], [33])]
+    (micro,) = micro_batches(rows, [0.5, -0.5, 0.0], 100, layout)
     flat = micro.input_ids_BT.flatten()
-    assert flat[micro.predictor_N + 1].tolist() == micro.target_ids_N.tolist()
-    before = {14: 13, 15: 14, 22: 21, 23: 22, 24: 23, 25: 24, 33: 32}
+    before = {14: 13, 15: 14, 22: 21, 23: 22, 24: 23, 25: 24, 33: 21}
     assert dict(zip(micro.target_ids_N.tolist(), flat[micro.predictor_N].tolist(), strict=True)) == before
     by_token = dict(zip(micro.target_ids_N.tolist(), micro.reward_advantages_N.tolist(), strict=True))
     assert by_token == {14: 0.5, 15: 0.5, 22: -0.5, 23: -0.5, 24: -0.5, 25: -0.5, 33: 0.0}
@@ -99,7 +138,7 @@ def some_rows() -> list[Joined]:
 
 def test_packed_sequences_do_not_see_their_neighbours(student: Student) -> None:
     rows = some_rows()
-    (packed,) = micro_batches(rows, [0.0] * 4, 100, packed=True)
+    (packed,) = micro_batches(rows, [0.0] * 4, 100, "packed")
     assert packed.input_ids_BT.shape == (1, sum(rollout.num_tokens for rollout, _ in rows))
     together = student.sampled_logprobs(packed)
     # By length, longest first, as the division orders them.
@@ -110,7 +149,7 @@ def test_packed_sequences_do_not_see_their_neighbours(student: Student) -> None:
 
 def test_another_neighbour_changes_nothing(student: Student) -> None:
     rows = some_rows()
-    (before,) = micro_batches(rows, [0.0] * 4, 100, packed=True)
+    (before,) = micro_batches(rows, [0.0] * 4, 100, "packed")
     ids = before.input_ids_BT.clone()
     ids[0, : rows[1][0].num_tokens] = 200  # the longest row comes first
     found = student.sampled_logprobs(replace(before, input_ids_BT=ids))
@@ -121,13 +160,14 @@ def test_another_neighbour_changes_nothing(student: Student) -> None:
 
 
 def test_packing_is_refused_where_neighbours_would_see_each_other(
-    student: Student, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    assert student.uses_packing("always")
-    assert not student.uses_packing("auto")
+    student = student_of(tmp_path_factory, "eager")
+    assert student.use_layout("always") == "packed"
+    assert student.use_layout("auto") == "padded"
     hidden = student.model.hidden
     monkeypatch.setattr(
         student.model, "hidden", lambda ids, mask, **options: hidden(ids, torch.ones_like(ids))
     )  # one long sequence
     with pytest.raises(ModelError, match=r"packed sequences see each other. Use learn.packing=never"):
-        student.uses_packing("always")
+        student.use_layout("always")

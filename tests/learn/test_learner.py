@@ -122,8 +122,8 @@ def student_logprobs(run: Run, engine: TorchEngine, micro: MicroBatch) -> tuple[
     return seen[0], seen[1]
 
 
-def one_micro_batch(rows: list[Joined], packed: bool = False) -> MicroBatch:
-    (micro,) = micro_batches(rows, [0.0] * len(rows), 10**6, packed)
+def one_micro_batch(rows: list[Joined]) -> MicroBatch:
+    (micro,) = micro_batches(rows, [0.0] * len(rows), 10**6)
     return micro
 
 

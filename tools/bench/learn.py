@@ -32,7 +32,7 @@ from opd_cache.learn.engines.torch import TorchEngine
 from opd_cache.learn.ranks import ALONE
 from opd_cache.learn.recompute import recompute_activations
 from opd_cache.learn.step import Trainer
-from opd_cache.learn.student import on_device
+from opd_cache.models import tensors_on
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
@@ -107,7 +107,7 @@ def plain_steps(folder: Path, options: argparse.Namespace) -> list[tuple[float, 
     for _ in range(options.steps):
         start, total = time.perf_counter(), 0.0
         for micro in micro_batches(rows, [0.0] * len(rows), MICRO_BATCH):
-            batch = on_device(micro, device)
+            batch = tensors_on(device, micro)
             ids, predictor, width = batch.input_ids_BT, batch.predictor_N, batch.input_ids_BT.shape[1]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 logits_BTV = model(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.errors import ConfigError, DivergedError
 from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.divide import Layout
 from opd_cache.learn.lora import adapters_off
 from opd_cache.learn.objective import Objective
 from opd_cache.learn.ranks import Ranks
@@ -33,7 +34,7 @@ class DeepSpeedEngine:
         self.options, self.config, self.ranks = options, student, ranks
         self.stage = options.deepspeed.zero_stage
         self.student: Student
-        self.packs = False
+        self.layout: Layout = "padded"
         self._engine: Any = None  # deepspeed.DeepSpeedEngine
         self._adam: torch.optim.AdamW  # under DeepSpeed's wrapper
         self._holds: Path | None = None  # the checkpoint whose state is in memory
@@ -53,7 +54,7 @@ class DeepSpeedEngine:
         # Whole on the CPU first; DeepSpeed takes from it what belongs on this rank.
         student = build_student(self.options, self.config, folder, "cpu")
         if self._engine is None:
-            self.packs = student.uses_packing(self.options.packing)
+            self.layout = student.use_layout(self.options.packing)
             self._build(student, deepspeed)
         else:
             self._set_weights(student, deepspeed)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opd_cache.config import LearnConfig, ModelConfig
 from opd_cache.errors import DivergedError
 from opd_cache.learn.batch import MicroBatch
+from opd_cache.learn.divide import Layout
 from opd_cache.learn.lora import adapters_off
 from opd_cache.learn.objective import Objective
 from opd_cache.learn.ranks import Ranks
@@ -33,7 +34,7 @@ class TorchEngine:
         self.options, self.config, self.ranks = options, student, ranks
         self.student: Student
         self.optimizer: torch.optim.AdamW
-        self.packs = False
+        self.layout: Layout = "padded"
         self._wrapped: nn.Module
         self._holds: Path | None = None  # the checkpoint whose state is in memory
 
@@ -60,7 +61,7 @@ class TorchEngine:
     def _build(self, folder: Path) -> None:
         options = self.options
         self.student = build_student(options, self.config, folder, self.ranks.device(self.config.device))
-        self.packs = self.student.uses_packing(options.packing)
+        self.layout = self.student.use_layout(options.packing)
         betas = (options.adam_beta1, options.adam_beta2)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.student.module, options),
