@@ -7,7 +7,7 @@ from typing import Any
 from opd_cache.errors import MismatchError
 from opd_cache.run_dir import PLAN, SEAL, RolloutSet, RunDir, shard_name
 from opd_cache.status import asked_teachers, evaluated_subjects, read_identity, scored_parts
-from opd_cache.store.publish import digest_file, read_json
+from opd_cache.store.publish import digest_file, no_garbage_collection, read_json
 
 MODES = ("greedy", "sampled")
 JOINED = frozenset({"samples", "tokens"})
@@ -53,6 +53,7 @@ class RunFiles:
         return evaluated_subjects(self.dir)
 
 
+@no_garbage_collection()
 def find_files(run: RunDir, partial: bool = False) -> RunFiles:
     """The sealed files of a run; with `partial`, also the published shards of stages without a seal.
 

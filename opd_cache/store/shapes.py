@@ -3,10 +3,10 @@
 A digest says that a file is as it was written, not by whom; and what these say becomes SQL, paths and sizes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from opd_cache.config.values import shown, shown_key
 from opd_cache.errors import CorruptShardError, MismatchError
@@ -182,9 +182,9 @@ def check_shape(content: dict[str, Any], path: Path) -> None:
         return
     if shape in VERSIONED:
         check_version(content.get("schema_version"), path)
-    if fault := next(_faults(content, shape, ""), None):
+    if fault := _fault(content, shape):
         raise CorruptShardError(
-            f"{path}: {fault}; opd-cache did not write this. Move the file away and run the stage again."
+            f"{path}: {(fault.place.removeprefix('.') + fault.text).lstrip()}; opd-cache did not write this. Move the file away and run the stage again."
         )
 
 
@@ -214,40 +214,49 @@ def _shape_of(path: Path) -> "Shape | None":
     return HEALTH if path.parent.parent.name == "health" else NOTE
 
 
-def _faults(value: Any, shape: Shape, place: str) -> Iterator[str]:
+class _Fault(NamedTuple):
+    place: str
+    text: str
+
+    def inside(self, place: str) -> "_Fault":
+        return _Fault(place + self.place, self.text)
+
+
+def _fault(value: Any, shape: Shape) -> _Fault | None:
+    """The first that is found. Its place is put together on the way out: a seal holds many thousands without any."""
     if isinstance(shape, Is):
-        if not shape.holds(value):
-            yield f"{place} = {shown(value)} is not {shape.what}"
-    elif isinstance(shape, Each):
-        yield from _faults_of_each(value, shape, place)
-    else:
-        keys = shape.keys if isinstance(shape, Only) else shape
-        yield from _faults_of_keys(value, keys, place, is_closed=isinstance(shape, Only))
+        return None if shape.holds(value) else _Fault("", f" = {shown(value)} is not {shape.what}")
+    if isinstance(shape, Each):
+        return _fault_of_each(value, shape)
+    keys = shape.keys if isinstance(shape, Only) else shape
+    return _fault_of_keys(value, keys, is_closed=isinstance(shape, Only))
 
 
-def _faults_of_each(value: Any, shape: Each, place: str) -> Iterator[str]:
+def _fault_of_each(value: Any, shape: Each) -> _Fault | None:
     if isinstance(value, list) and shape.kind is list:
         for index, item in enumerate(value):
-            yield from _faults(item, shape.shape, f"{place}[{index}]")
+            if fault := _fault(item, shape.shape):
+                return fault.inside(f"[{index}]")
     elif isinstance(value, dict) and shape.kind is dict:
         for key, item in value.items():
-            yield from _faults(item, shape.shape, f"{place}.{shown_key(key)}")
+            if fault := _fault(item, shape.shape):
+                return fault.inside(f".{shown_key(key)}")
     else:
-        yield f"{place} = {shown(value)} is not {'a list' if shape.kind is list else 'an object'}"
+        return _Fault("", f" = {shown(value)} is not {'a list' if shape.kind is list else 'an object'}")
+    return None
 
 
-def _faults_of_keys(value: Any, keys: dict[str, Shape], place: str, is_closed: bool) -> Iterator[str]:
+def _fault_of_keys(value: Any, keys: dict[str, Shape], is_closed: bool) -> _Fault | None:
     if not isinstance(value, dict):
-        yield f"{place} = {shown(value)} is not an object"
-        return
-    names = {key.removesuffix("?"): shape for key, shape in keys.items()}
-    if is_closed and (unknown := set(value) - set(names)):
-        yield f"{place} has the unknown key {shown_key(min(unknown))}"
-    for key, shape in names.items():
-        where = f"{place}.{key}" if place else key
-        if value.get(key) is None and f"{key}?" in keys:
+        return _Fault("", f" = {shown(value)} is not an object")
+    if is_closed and (unknown := set(value) - {key.removesuffix("?") for key in keys}):
+        return _Fault("", f" has the unknown key {shown_key(min(unknown))}")
+    for key, shape in keys.items():
+        name = key.removesuffix("?")
+        if value.get(name) is None and name != key:
             continue
-        if key not in value:
-            yield f"{where} is missing"
-        else:
-            yield from _faults(value[key], shape, where)
+        if name not in value:
+            return _Fault(f".{name}", " is missing")
+        if fault := _fault(value[name], shape):
+            return fault.inside(f".{name}")
+    return None

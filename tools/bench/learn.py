@@ -1,12 +1,14 @@
 """One optimizer step at a real vocabulary: opd-cache's learner against a plain one that holds all logits.
 
     python tools/bench/learn.py --repeats 3 --json
+    python tools/bench/learn.py --samples 4 --micro-batch 1127 --only padded opd-cache
     python tools/bench/learn.py --device cuda --model large --sequences 24 --only plain opd-cache liger
 
 Both take the same rows, model, loss, clip, optimizer and recomputation of the body's activations, each in processes of
 its own, in turns; the plain one takes log-softmax over logits at every position of the same micro-batches. Peak memory
 is the process's (resident set), on a GPU what torch allocated there. On a GPU both compute in bfloat16 on float32
-weights; liger is opd-cache with Liger's head (learn.liger=always), opd-cache is without.
+weights; liger is opd-cache with Liger's head (learn.liger=always), opd-cache is without. padded is opd-cache with whole
+sequences (learn.packing=never): with --samples above 1 it shows what it saves to compute a prompt once for all of them.
 """
 
 import argparse
@@ -49,13 +51,14 @@ def make_model(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     return {"body": body / 1e6, "all": sum(parameter.numel() for parameter in model.parameters()) / 1e6}
 
 
-def make_rows(sequences: int) -> list[Joined]:
+def make_rows(sequences: int, samples: int) -> list[Joined]:
     rng = np.random.default_rng(0)
-    rows = []
+    rows: list[Joined] = []
     for sample in range(sequences):
-        prompt, response = (
+        fresh, response = (
             rng.integers(0, VOCABULARY, rng.integers(*size)).astype(np.int32) for size in (PROMPT, RESPONSE)
         )
+        prompt = fresh if sample % samples == 0 else rows[-1][0].prompt_ids
         sampling, teacher = (-rng.uniform(11, 13, len(response)).astype(np.float32) for _ in range(2))
         rollout = Rollout(f"0/0/{sample}", 0, sample, prompt, response, sampling, "stop", 0)
         topk = np.zeros((len(response), 0))
@@ -70,7 +73,8 @@ def learn_config(options: argparse.Namespace) -> LearnConfig:
     config = LearnConfig(
         learning_rate=1e-5,
         gradient_checkpointing=options.checkpointing,
-        max_tokens_per_micro_batch=MICRO_BATCH,
+        max_tokens_per_micro_batch=options.micro_batch,
+        packing="never" if options.variant == "padded" else "auto",
         liger="always" if options.variant == "liger" else "never",
     )
     config.loss.clip_ratio_low, config.loss.clip_ratio_high = 1.0, 1e9
@@ -84,7 +88,7 @@ def opd_cache_steps(folder: Path, options: argparse.Namespace) -> list[tuple[flo
         head.ROWS_PER_CHUNK[options.device] = options.rows
     engine = TorchEngine(recipe.learn, recipe.student, ALONE)
     engine.load(folder, with_optimizer=False)
-    trainer, rows, figures = Trainer(recipe, engine, 0, ALONE), make_rows(options.sequences), []
+    trainer, rows, figures = Trainer(recipe, engine, 0, ALONE), make_rows(options.sequences, options.samples), []
     for step in range(options.steps):
         start = time.perf_counter()
         metrics = trainer.step(rows, step, recipe.learn.learning_rate, read_s=0.0)
@@ -102,11 +106,11 @@ def plain_steps(folder: Path, options: argparse.Namespace) -> list[tuple[float, 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=0.0, fused=True
     )
-    rows, figures = make_rows(options.sequences), []
+    rows, figures = make_rows(options.sequences, options.samples), []
     num_tokens = sum(rollout.num_loss_tokens for rollout, _ in rows)
     for _ in range(options.steps):
         start, total = time.perf_counter(), 0.0
-        for micro in micro_batches(rows, [0.0] * len(rows), MICRO_BATCH):
+        for micro in micro_batches(rows, [0.0] * len(rows), options.micro_batch):
             batch = tensors_on(device, micro)
             ids, predictor, width = batch.input_ids_BT, batch.predictor_N, batch.input_ids_BT.shape[1]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
@@ -128,7 +132,7 @@ def plain_steps(folder: Path, options: argparse.Namespace) -> list[tuple[float, 
     return figures
 
 
-VARIANTS = {"plain": plain_steps, "opd-cache": opd_cache_steps, "liger": opd_cache_steps}
+VARIANTS = {"plain": plain_steps, "opd-cache": opd_cache_steps, "padded": opd_cache_steps, "liger": opd_cache_steps}
 
 
 def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,6 +140,7 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
     command = [sys.executable, __file__, "--variant", variant, "--folder", str(folder), "--steps", str(options.steps)]
     command += ["--threads", str(options.threads), "--checkpointing", options.checkpointing]
     command += ["--device", options.device, "--sequences", str(options.sequences)]
+    command += ["--samples", str(options.samples), "--micro-batch", str(options.micro_batch)]
     command += ["--rows", str(options.rows)] if options.rows else []
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(printed.splitlines()[-1])
@@ -150,6 +155,8 @@ def main() -> None:
     parser.add_argument("--device", choices=TOLERANCE, default="cpu")
     parser.add_argument("--model", choices=("vocabulary", "large"), default="vocabulary")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="in a step")
+    parser.add_argument("--samples", type=int, default=1, help="sequences with the same prompt")
+    parser.add_argument("--micro-batch", type=int, default=MICRO_BATCH, help="tokens")
     parser.add_argument("--rows", type=int, help="of a chunk of opd-cache's head; default: as shipped")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=["plain", "opd-cache"])
     parser.add_argument("--json", action="store_true")
@@ -189,10 +196,13 @@ def report(runs: dict[str, list[dict[str, Any]]], sizes: dict[str, float], optio
         "time_ratio": ours["step_s"] / other["step_s"],
         "memory_ratio": ours["peak_bytes"] / other["peak_bytes"],
     }
-    tokens = [(len(rollout.prompt_ids), len(rollout.response_ids)) for rollout, _ in make_rows(options.sequences)]
+    tokens = [
+        (len(rollout.prompt_ids), len(rollout.response_ids))
+        for rollout, _ in make_rows(options.sequences, options.samples)
+    ]
     about = {
         "vocabulary": VOCABULARY, "million_parameters": sizes, "threads": options.threads, "device": device_name(options.device), "repeats": options.repeats, "checkpointing": options.checkpointing,
-        "sequences": len(tokens), "prompt_tokens": sum(p for p, _ in tokens), "response_tokens": sum(r for _, r in tokens),
+        "sequences": len(tokens), "samples": options.samples, "micro_batch": options.micro_batch, "prompt_tokens": sum(p for p, _ in tokens), "response_tokens": sum(r for _, r in tokens),
     }  # fmt: skip
     if options.json:
         print(json.dumps({**about, **ratios, "median": median, "runs": runs}))
