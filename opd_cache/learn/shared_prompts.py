@@ -4,7 +4,8 @@ All positions lie behind each other in one row, without padding. Only attention 
 themselves in one call, responses to their prompt and themselves in another. Numbers are those of whole sequences.
 """
 
-# T positions, G prompts, P positions of the longest; S responses, R positions of the longest; h heads, d head size
+# T positions, G prompts, P positions of the longest; S responses, R positions of the longest; h heads, d head size,
+# F = h * d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,39 +26,45 @@ ATTENTION = "sdpa_shared_prompts"
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Where the prompts and responses of a row lie, for attention. What fills up a place is any other position."""
+    """How attention sees a row: its positions in two rectangles, G prompts of P places and S responses of R, behind each
+    other. Places beyond an end are filled with any position, and masked."""
 
-    prompts_GP: Tensor  # positions in the row
-    responses_SR: Tensor
+    source_N: Tensor  # N = G * P + S * R: the position at each place
+    is_filler_N1: Tensor
+    place_T: Tensor  # where each position lies in N
     sees_S1RK: Tensor  # bool, K = P + R: what a position of a response sees of its prompt and of its response
-    place_T: Tensor  # of each position in [G * P + S * R]
+    longest_prompt: int
     responses_of_G: tuple[int, ...]  # how many responses each prompt has; they stand in the prompts' order
+
+    @property
+    def num_prompt_places(self) -> int:
+        return len(self.responses_of_G) * self.longest_prompt
 
 
 def shared_prompts(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> SharedPrompts:
     """The layout of a row: each prompt by its length, followed by its responses by theirs."""
-    lengths = [(prompt, *its) for prompt, its in zip(prompts, responses, strict=True)]
-    starts = np.cumsum([0, *(length for group in lengths for length in group)])
-    num_positions, group_starts = int(starts[-1]), np.cumsum([0, *(len(group) for group in lengths)])[:-1]
-    is_prompt = np.zeros(len(starts) - 1, bool)
-    is_prompt[group_starts] = True
-    flat = np.array([length for group in lengths for length in group])
-    P, R = max(prompts), int(flat[~is_prompt].max())
-    # Places beyond an end are masked, or never read; each takes another position, so that their zeros add up nowhere.
-    prompts_GP = (starts[:-1][is_prompt][:, None] + np.arange(P)) % num_positions
-    responses_SR = (starts[:-1][~is_prompt][:, None] + np.arange(R)) % num_positions
-    own = np.repeat(prompts, [len(its) for its in responses])
-    sees_SK = np.concatenate([np.arange(P) < own[:, None], np.ones((len(own), R), bool)], axis=1)
+    lengths = np.array([length for prompt, its in zip(prompts, responses, strict=True) for length in (prompt, *its)])
+    is_prompt = np.array([index == 0 for its in responses for index in range(1 + len(its))])
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    P, R = lengths[is_prompt].max(), lengths[~is_prompt].max()
+    first = np.empty_like(lengths)  # place
+    first[is_prompt] = np.arange(is_prompt.sum()) * P
+    first[~is_prompt] = is_prompt.sum() * P + np.arange((~is_prompt).sum()) * R
+    place_T = np.repeat(first - starts, lengths) + np.arange(ends[-1])
+    source_N = np.zeros(is_prompt.sum() * P + (~is_prompt).sum() * R, np.int64)
+    source_N[place_T] = np.arange(ends[-1])
+    is_filler_N = np.ones(len(source_N), bool)
+    is_filler_N[place_T] = False
+    own_S = np.repeat(prompts, [len(its) for its in responses])
+    sees_SK = np.concatenate([np.arange(P) < own_S[:, None], np.ones((len(own_S), R), bool)], axis=1)
     causal_RK = np.concatenate([np.ones((R, P), bool), np.tri(R, dtype=bool)], axis=1)
-    first = np.empty(len(flat), np.int64)
-    first[is_prompt] = np.arange(len(prompts)) * P
-    first[~is_prompt] = len(prompts) * P + np.arange(len(own)) * R
-    place_T = np.concatenate([start + np.arange(length) for start, length in zip(first, flat, strict=True)])
     return SharedPrompts(
-        torch.from_numpy(prompts_GP),
-        torch.from_numpy(responses_SR),
-        torch.from_numpy(sees_SK[:, None, None, :] & causal_RK),
+        torch.from_numpy(source_N),
+        torch.from_numpy(is_filler_N[:, None]),
         torch.from_numpy(place_T),
+        torch.from_numpy(sees_SK[:, None, None, :] & causal_RK),
+        int(P),
         tuple(len(its) for its in responses),
     )
 
@@ -126,10 +133,11 @@ def _attention(
     if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     shared = shared_prompts
-    query_GhPd, key_GhPd, value_GhPd = (_rows(values, shared.prompts_GP) for values in (query, key, value))
-    query_ShRd, key_ShRd, value_ShRd = (_rows(values, shared.responses_SR) for values in (query, key, value))
-    of_prompts = sdpa_attention_forward(module, query_GhPd, key_GhPd, value_GhPd, None, **options)[0]
-    of_responses = sdpa_attention_forward(
+    query_GhPd, query_ShRd = _in_rectangles(query, shared)
+    key_GhPd, key_ShRd = _in_rectangles(key, shared)
+    value_GhPd, value_ShRd = _in_rectangles(value, shared)
+    of_prompts_GPhd = sdpa_attention_forward(module, query_GhPd, key_GhPd, value_GhPd, None, **options)[0]
+    of_responses_SRhd = sdpa_attention_forward(
         module,
         query_ShRd,
         torch.cat([_for_responses(key_GhPd, shared), key_ShRd], dim=2),
@@ -137,14 +145,20 @@ def _attention(
         shared.sees_S1RK,
         **options,
     )[0]
-    together = torch.cat([of_prompts.flatten(0, 1), of_responses.flatten(0, 1)])
-    return together.index_select(0, shared.place_T)[None], None
+    together_Nhd = torch.cat([of_prompts_GPhd.flatten(0, 1), of_responses_SRhd.flatten(0, 1)])
+    return _FromPlaces.apply(together_Nhd.flatten(1), shared).unflatten(1, together_Nhd.shape[1:])[None], None
 
 
-def _rows(values_1hTd: Tensor, places_BN: Tensor) -> Tensor:
-    """[B, h, N, d] of positions [B, N]."""
-    chosen = values_1hTd[0].transpose(0, 1).index_select(0, places_BN.flatten())
-    return chosen.unflatten(0, tuple(places_BN.shape)).transpose(1, 2)
+def _in_rectangles(values_1hTd: Tensor, shared: SharedPrompts) -> tuple[Tensor, Tensor]:
+    """([G, h, P, d], [S, h, R, d]) of [1, h, T, d]."""
+    values_Thd = values_1hTd[0].transpose(0, 1)
+    rows_Nhd = _ToPlaces.apply(values_Thd.flatten(1), shared).unflatten(1, values_Thd.shape[1:])
+    num_prompts, middle = len(shared.responses_of_G), shared.num_prompt_places
+    prompts, responses = rows_Nhd[:middle], rows_Nhd[middle:]
+    return (
+        prompts.unflatten(0, (num_prompts, -1)).transpose(1, 2),
+        responses.unflatten(0, (len(shared.sees_S1RK), -1)).transpose(1, 2),
+    )
 
 
 def _for_responses(values_GhPd: Tensor, shared: SharedPrompts) -> Tensor:
@@ -152,3 +166,31 @@ def _for_responses(values_GhPd: Tensor, shared: SharedPrompts) -> Tensor:
     one order on every device."""
     parts = values_GhPd.split(1)
     return torch.cat([part.expand(count, -1, -1, -1) for part, count in zip(parts, shared.responses_of_G, strict=True)])
+
+
+class _ToPlaces(torch.autograd.Function):
+    """[N, F] of [T, F]. Backward, positions fetch their gradients, which no two places share: nothing is summed, as an
+    index's own backward would do it slowly on a CPU and in any order on a GPU. A filler's gradient is zero, since it is
+    masked."""
+
+    @staticmethod
+    def forward(ctx: Any, values_TF: Tensor, shared: SharedPrompts) -> Tensor:
+        ctx.shared = shared
+        return values_TF.index_select(0, shared.source_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return grad[0].index_select(0, ctx.shared.place_T), None
+
+
+class _FromPlaces(torch.autograd.Function):
+    """[T, F] of [N, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, values_NF: Tensor, shared: SharedPrompts) -> Tensor:
+        ctx.shared = shared
+        return values_NF.index_select(0, shared.place_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return grad[0].index_select(0, ctx.shared.source_N).masked_fill_(ctx.shared.is_filler_N1, 0.0), None
