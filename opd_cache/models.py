@@ -226,6 +226,9 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
     transformers_logging.disable_progress_bar()  # our own progress says what is being done
     folder = model_folder(config)
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        # It compiles a kernel for every new shape, some 40 ms on an H100; sampling has one at every token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     options: dict[str, Any] = {
         "dtype": resolve_dtype(config.dtype, device),
         "trust_remote_code": config.trust_remote_code,
