@@ -102,14 +102,14 @@ def padded(
 
 def tensors_on(device: torch.device, holder: T) -> T:
     """A dataclass with its tensors, and those of dataclasses in it, on a device."""
-    moved: dict[str, Any] = {}
-    for field in dataclasses.fields(holder):  # type: ignore[arg-type]
-        value = getattr(holder, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
-        elif dataclasses.is_dataclass(value):
-            moved[field.name] = tensors_on(device, value)
-    return dataclasses.replace(holder, **moved)  # type: ignore[type-var]
+    if isinstance(holder, Tensor):
+        return holder.to(device, non_blocking=True)  # type: ignore[return-value]
+    if isinstance(holder, tuple):
+        return tuple(tensors_on(device, part) for part in holder)  # type: ignore[return-value]
+    if not dataclasses.is_dataclass(holder):
+        return holder
+    parts = {field.name: tensors_on(device, getattr(holder, field.name)) for field in dataclasses.fields(holder)}
+    return dataclasses.replace(holder, **parts)  # type: ignore[type-var]
 
 
 @contextlib.contextmanager

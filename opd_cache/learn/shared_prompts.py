@@ -1,15 +1,18 @@
 """A micro-batch in which each prompt stands once before all its responses: the body computes it once for all of them.
 
-All positions lie behind each other in one row, without padding. Only attention knows of sequences: prompts attend to
-themselves in one call, responses to their prompt and themselves in another. Numbers are those of whole sequences.
+All positions lie behind each other in one row, without padding. Only attention knows of sequences: it takes them apart into
+rectangles of similar lengths. Prompts, and sequences whose prompt has no other response, attend to themselves; other
+responses to their prompt and to themselves. Numbers are those of whole sequences.
 """
 
-# T positions, G prompts, P positions of the longest; S responses, R positions of the longest; h heads, d head size,
-# F = h * d
+# T positions of a row, N places in its rectangles; of one rectangle B rows of R places, behind P places of their prompts;
+# h heads, d head size, F = h * d
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,51 +25,149 @@ from opd_cache.inference import can_share_prompts
 from opd_cache.models import PROBE_TOLERANCE, LanguageModel, tensors_on
 
 ATTENTION = "sdpa_shared_prompts"
+# A row shorter than its rectangle's longest by more than this share, and than so many tokens, begins another one.
+SHORTER, FEW_TOKENS = 0.3, 64
+ALIGNED = 8  # tokens: GPU kernels copy masks of other widths
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows of similar lengths among the places of a layout."""
+
+    start: int
+    rows: int
+    width: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows * self.width
+
+    def of(self, values_Nhd: Tensor) -> Tensor:
+        """Its part, [B, h, R, d]."""
+        return values_Nhd[self.start : self.end].unflatten(0, (self.rows, self.width)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Responses of similar lengths whose prompts stand in one rectangle."""
+
+    rectangle: Rectangle
+    prompts: Rectangle
+    of_prompt: tuple[tuple[int, int], ...]  # (row of the prompts' rectangle, how many of these responses follow it)
+    sees_B1RK: Tensor  # bool, K = P + R: what a position sees of its prompt and of its response
+    masks: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """sees_B1RK as attention adds it, made once for all layers."""
+        key = (dtype, self.sees_B1RK.device)
+        if key not in self.masks:
+            zeros = torch.zeros(self.sees_B1RK.shape, dtype=dtype, device=key[1])
+            self.masks[key] = zeros.masked_fill_(~self.sees_B1RK, -torch.inf)
+        return self.masks[key]
+
+    def with_prompts(self, values_Nhd: Tensor) -> Tensor:
+        """[B, h, K, d]. A prompt's are expanded, not indexed, so that their gradient is a sum in one order on every device."""
+        prompts_GhPd = self.prompts.of(values_Nhd)
+        parts = [prompts_GhPd[row : row + 1].expand(count, -1, -1, -1) for row, count in self.of_prompt]
+        return torch.cat([torch.cat(parts), self.rectangle.of(values_Nhd)], dim=2)
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """How attention sees a row: its positions in two rectangles, G prompts of P places and S responses of R, behind each
-    other. Places beyond an end are filled with any position, and masked."""
+    """How attention takes a row apart. Places beyond a sequence's end are filled with any position, and not seen."""
 
-    source_N: Tensor  # N = G * P + S * R: the position at each place
+    source_N: Tensor  # the position at each place
     is_filler_N1: Tensor
     place_T: Tensor  # where each position lies in N
-    sees_S1RK: Tensor  # bool, K = P + R: what a position of a response sees of its prompt and of its response
-    longest_prompt: int
-    responses_of_G: tuple[int, ...]  # how many responses each prompt has; they stand in the prompts' order
+    whole: tuple[Rectangle, ...]  # prompts of several responses; sequences whose prompt has no other
+    responses: tuple[Responses, ...]
 
-    @property
-    def num_prompt_places(self) -> int:
-        return len(self.responses_of_G) * self.longest_prompt
+
+class _Segment(NamedTuple):
+    """A stretch of the row that attention puts into a row of a rectangle."""
+
+    length: int
+    start: int
+    prompt: int = 0  # of a response: the row of its prompt's rectangle
 
 
 def shared_prompts(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> SharedPrompts:
     """The layout of a row: each prompt by its length, followed by its responses by theirs."""
-    lengths = np.array([length for prompt, its in zip(prompts, responses, strict=True) for length in (prompt, *its)])
-    is_prompt = np.array([index == 0 for its in responses for index in range(1 + len(its))])
-    ends = lengths.cumsum()
-    starts = ends - lengths
-    P, R = lengths[is_prompt].max(), lengths[~is_prompt].max()
-    first = np.empty_like(lengths)  # place
-    first[is_prompt] = np.arange(is_prompt.sum()) * P
-    first[~is_prompt] = is_prompt.sum() * P + np.arange((~is_prompt).sum()) * R
-    place_T = np.repeat(first - starts, lengths) + np.arange(ends[-1])
-    source_N = np.zeros(is_prompt.sum() * P + (~is_prompt).sum() * R, np.int64)
-    source_N[place_T] = np.arange(ends[-1])
-    is_filler_N = np.ones(len(source_N), bool)
-    is_filler_N[place_T] = False
-    own_S = np.repeat(prompts, [len(its) for its in responses])
-    sees_SK = np.concatenate([np.arange(P) < own_S[:, None], np.ones((len(own_S), R), bool)], axis=1)
+    alone: list[_Segment] = []
+    shared: list[_Segment] = []
+    behind: dict[_Segment, list[_Segment]] = {}
+    start = 0
+    for prompt, its in zip(prompts, responses, strict=True):
+        if len(its) == 1:
+            alone.append(_Segment(prompt + its[0], start))
+        else:
+            shared.append(_Segment(prompt, start))
+            starts = accumulate(its, initial=start + prompt)
+            behind[shared[-1]] = [_Segment(length, its_start) for length, its_start in zip(its, starts, strict=False)]
+        start += prompt + sum(its)
+    places = _Places(start)
+    of_prompts = [(places.rectangle(part), part) for part in _similar(shared)]
+    whole = [rectangle for rectangle, _ in of_prompts] + [places.rectangle(part) for part in _similar(alone)]
+    parts: list[Responses] = []
+    for rectangle, its_prompts in of_prompts:
+        its_responses = [
+            segment._replace(prompt=row) for row, prompt in enumerate(its_prompts) for segment in behind[prompt]
+        ]
+        lengths = np.array([prompt.length for prompt in its_prompts])
+        parts += [_responses(places, rectangle, lengths, part) for part in _similar(its_responses)]
+    return SharedPrompts(*places.tensors(), tuple(whole), tuple(parts))
+
+
+def _responses(places: "_Places", prompts: Rectangle, lengths: np.ndarray, segments: list[_Segment]) -> Responses:
+    """lengths: of the prompts, by row of their rectangle."""
+    by_prompt = sorted(segments, key=lambda segment: segment.prompt)
+    rectangle, P = places.rectangle(by_prompt), prompts.width
+    R = rectangle.width
+    own_B = lengths[[segment.prompt for segment in by_prompt]]
+    sees_BK = np.concatenate([np.arange(P) < own_B[:, None], np.ones((len(own_B), R), bool)], axis=1)
     causal_RK = np.concatenate([np.ones((R, P), bool), np.tri(R, dtype=bool)], axis=1)
-    return SharedPrompts(
-        torch.from_numpy(source_N),
-        torch.from_numpy(is_filler_N[:, None]),
-        torch.from_numpy(place_T),
-        torch.from_numpy(sees_SK[:, None, None, :] & causal_RK),
-        int(P),
-        tuple(len(its) for its in responses),
-    )
+    counts = Counter(segment.prompt for segment in by_prompt)
+    return Responses(rectangle, prompts, tuple(counts.items()), torch.from_numpy(sees_BK[:, None, None, :] & causal_RK))
+
+
+def _similar(segments: Sequence[_Segment]) -> list[list[_Segment]]:
+    """Longest first, in parts of similar lengths."""
+    parts: list[list[_Segment]] = []
+    for segment in sorted(segments, key=lambda segment: -segment.length):
+        longest = parts[-1][0].length if parts else 0
+        if not parts or longest - segment.length > max(FEW_TOKENS, SHORTER * longest):
+            parts.append([])
+        parts[-1].append(segment)
+    return parts
+
+
+class _Places:
+    """Rectangles behind each other, as they are asked for."""
+
+    def __init__(self, num_positions: int) -> None:
+        self.place_T = np.empty(num_positions, np.int64)
+        self.sources: list[np.ndarray] = []
+        self.end = 0
+
+    def rectangle(self, segments: Sequence[_Segment]) -> Rectangle:
+        longest = max(segment.length for segment in segments)
+        width = longest if longest <= FEW_TOKENS else -(-longest // ALIGNED) * ALIGNED
+        found = Rectangle(self.end, len(segments), width)
+        source_BR = np.zeros((found.rows, width), np.int64)
+        for row, (length, start, _) in enumerate(segments):
+            positions = np.arange(start, start + length)
+            source_BR[row, :length] = positions
+            self.place_T[positions] = self.end + row * width + np.arange(length)
+        self.sources.append(source_BR.ravel())
+        self.end = found.end
+        return found
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(source_N, is_filler_N1, place_T)."""
+        is_filler_N = np.ones(self.end, bool)
+        is_filler_N[self.place_T] = False
+        sources = np.concatenate(self.sources)
+        return torch.from_numpy(sources), torch.from_numpy(is_filler_N[:, None]), torch.from_numpy(self.place_T)
 
 
 def use_shared_prompts(model: LanguageModel) -> bool:
@@ -132,40 +233,30 @@ def _attention(
     """[1, h, T, d] each; gives [1, T, h, d]."""
     if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    shared = shared_prompts
-    query_GhPd, query_ShRd = _in_rectangles(query, shared)
-    key_GhPd, key_ShRd = _in_rectangles(key, shared)
-    value_GhPd, value_ShRd = _in_rectangles(value, shared)
-    of_prompts_GPhd = sdpa_attention_forward(module, query_GhPd, key_GhPd, value_GhPd, None, **options)[0]
-    of_responses_SRhd = sdpa_attention_forward(
-        module,
-        query_ShRd,
-        torch.cat([_for_responses(key_GhPd, shared), key_ShRd], dim=2),
-        torch.cat([_for_responses(value_GhPd, shared), value_ShRd], dim=2),
-        shared.sees_S1RK,
-        **options,
-    )[0]
-    together_Nhd = torch.cat([of_prompts_GPhd.flatten(0, 1), of_responses_SRhd.flatten(0, 1)])
-    return _FromPlaces.apply(together_Nhd.flatten(1), shared).unflatten(1, together_Nhd.shape[1:])[None], None
+    query_Nhd, key_Nhd, value_Nhd = (_to_places(values, shared_prompts) for values in (query, key, value))
+    found = [
+        sdpa_attention_forward(module, part.of(query_Nhd), part.of(key_Nhd), part.of(value_Nhd), None, **options)[0]
+        for part in shared_prompts.whole
+    ]
+    found += [
+        sdpa_attention_forward(
+            module,
+            part.rectangle.of(query_Nhd),
+            part.with_prompts(key_Nhd),
+            part.with_prompts(value_Nhd),
+            part.mask(query.dtype),
+            **options,
+        )[0]
+        for part in shared_prompts.responses
+    ]
+    together_Nhd = torch.cat([output_BRhd.flatten(0, 1) for output_BRhd in found])
+    return _FromPlaces.apply(together_Nhd.flatten(1), shared_prompts).unflatten(1, together_Nhd.shape[1:])[None], None
 
 
-def _in_rectangles(values_1hTd: Tensor, shared: SharedPrompts) -> tuple[Tensor, Tensor]:
-    """([G, h, P, d], [S, h, R, d]) of [1, h, T, d]."""
+def _to_places(values_1hTd: Tensor, shared: SharedPrompts) -> Tensor:
+    """[N, h, d]."""
     values_Thd = values_1hTd[0].transpose(0, 1)
-    rows_Nhd = _ToPlaces.apply(values_Thd.flatten(1), shared).unflatten(1, values_Thd.shape[1:])
-    num_prompts, middle = len(shared.responses_of_G), shared.num_prompt_places
-    prompts, responses = rows_Nhd[:middle], rows_Nhd[middle:]
-    return (
-        prompts.unflatten(0, (num_prompts, -1)).transpose(1, 2),
-        responses.unflatten(0, (len(shared.sees_S1RK), -1)).transpose(1, 2),
-    )
-
-
-def _for_responses(values_GhPd: Tensor, shared: SharedPrompts) -> Tensor:
-    """[S, h, P, d]: each prompt's as often as it has responses. Expanded, not indexed, so that its gradient is a sum in
-    one order on every device."""
-    parts = values_GhPd.split(1)
-    return torch.cat([part.expand(count, -1, -1, -1) for part, count in zip(parts, shared.responses_of_G, strict=True)])
+    return _ToPlaces.apply(values_Thd.flatten(1), shared).unflatten(1, values_Thd.shape[1:])
 
 
 class _ToPlaces(torch.autograd.Function):

@@ -7,19 +7,21 @@ import pytest
 import torch
 import transformers
 from helpers import save_model, tiny_qwen2
+from hypothesis import given
+from hypothesis import strategies as st
 from test_batch import joined_row
 
 from opd_cache.config import ModelConfig
 from opd_cache.learn.batch import MicroBatch, micro_batches
 from opd_cache.learn.recompute import recompute_activations
-from opd_cache.learn.shared_prompts import ATTENTION
+from opd_cache.learn.shared_prompts import ATTENTION, shared_prompts
 from opd_cache.learn.student import Student
 from opd_cache.models import LanguageModel, load_model
 from opd_cache.store.join import Joined
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2 = {
@@ -27,7 +29,7 @@ GPT2 = {
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
-    "n_positions": 128,
+    "n_positions": 512,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -96,7 +98,11 @@ def by_token(micro: MicroBatch, logprobs_N: torch.Tensor) -> dict[tuple[int, ...
 def assert_the_same(student: Student, rows: list[Joined]) -> None:
     expected, gradients = logprobs_and_gradients(student, micro_batch(rows, "padded"))
     micro = micro_batch(rows, "shared")
-    assert micro.input_ids_BT.shape == (1, 9 + 4 + 1 + 28)
+    prompts = {bytes(rollout.prompt_ids): len(rollout.prompt_ids) for rollout, _ in rows}
+    assert micro.input_ids_BT.shape == (
+        1,
+        sum(prompts.values()) + sum(len(rollout.response_ids) for rollout, _ in rows),
+    )
     found, shared_gradients = logprobs_and_gradients(student, micro)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, abs=2e-5)
@@ -110,6 +116,43 @@ def test_logprobs_and_gradients_are_those_of_whole_sequences(architecture: str) 
     student = student_of(architecture, SHARING[architecture])
     assert student.use_layout("auto") == "shared"
     assert_the_same(student, some_rows())
+
+
+def test_lengths_may_differ_a_lot() -> None:
+    student = student_of("Qwen2", SIZES)
+    assert student.use_layout("auto") == "shared"
+    rng = np.random.default_rng(1)
+    sizes = {150: [200, 1, 90, 210], 10: [3, 120], 70: [180], 1: [1, 77, 2]}
+    rows = [
+        joined_row(prompt_ids, rng.integers(2, 97, response).tolist())
+        for prompt, its in sizes.items()
+        for prompt_ids in [rng.integers(2, 97, prompt).tolist()]
+        for response in its
+    ]
+    layout = micro_batch(rows, "shared").shared_prompts
+    assert layout is not None
+    assert len(layout.responses) > len(layout.whole) > 2
+    assert_the_same(student, rows)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.lists(st.integers(1, 900), min_size=1, max_size=9)), min_size=1, max_size=9
+    )
+)
+def test_every_position_has_one_place_and_rectangles_little_else(groups: list[tuple[int, list[int]]]) -> None:
+    layout = shared_prompts([prompt for prompt, _ in groups], [its for _, its in groups])
+    positions = torch.arange(sum(prompt + sum(its) for prompt, its in groups))
+    assert torch.equal(layout.source_N[layout.place_T], positions)
+    assert int((~layout.is_filler_N1).sum()) == len(positions)
+    rectangles = [*layout.whole, *(part.rectangle for part in layout.responses)]
+    assert [one.start for one in rectangles] == [0, *(one.end for one in rectangles[:-1])]
+    assert rectangles[-1].end == len(layout.source_N)
+    num_rows = sum(one.rows for one in rectangles)
+    assert len(layout.source_N) <= len(positions) / 0.7 + num_rows * (64 + 8)
+    assert sum(sum(count for _, count in part.of_prompt) for part in layout.responses) == sum(
+        len(its) for _, its in groups if len(its) > 1
+    )
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
