@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from opd_cache.errors import MismatchError
 from opd_cache.fingerprint import fingerprint_model
 from opd_cache.run_dir import COMPLETE, TRAINER
-from opd_cache.store.disk import remove_folder, write_whole
+from opd_cache.store.disk import fsync_path, remove_folder, write_whole
 from opd_cache.store.manifest import check_files, digests, read_manifest
 from opd_cache.store.publish import (
     publish_folder,
@@ -48,7 +49,10 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
         fill(folder)
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [str(path.relative_to(folder)) for path in paths]
-        files = dict(zip(names, digests(paths), strict=True))
+        with ThreadPoolExecutor(1) as disk:  # it writes while the digests are computed
+            flushing = disk.submit(_flush, paths)
+            files = dict(zip(names, digests(paths), strict=True))
+            flushing.result()
         content = {**about, "fingerprint": fingerprint_model(folder), "files": files}
         write_whole(folder / COMPLETE, signed_json(content))
 
@@ -58,6 +62,11 @@ def publish_checkpoint(final: Path, about: dict[str, Any], fill: Callable[[Path]
             if COMPLETE not in os.listdir(final):
                 read_manifest(final)
     return won
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    for path in paths:
+        fsync_path(path)
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
