@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -110,8 +111,10 @@ class TorchEngine:
     def save(self, folder: Path | None) -> None:
         if folder is not None:
             module = self.student.module
-            write_student(folder, module.state_dict(), module, self.options, self.config)
-            write_optimizer(folder, self._optimizer_tensors())
+            with ThreadPoolExecutor(1) as beside:
+                writing = beside.submit(write_optimizer, folder, self._optimizer_tensors())
+                write_student(folder, module.state_dict(), module, self.options, self.config)
+                writing.result()
 
     def saved_as(self, folder: Path) -> None:
         self._holds = folder
