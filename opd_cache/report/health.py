@@ -80,7 +80,7 @@ def _unstarted(run: RunDir) -> list[StageFiles]:
 
 def _expected(run: RunDir, stage: StageFiles) -> int:
     plan = run.episode(stage.episode or 0).plan
-    return len(stage.files) if stage.is_sealed else num_shards(read_json(plan) if plan.exists() else {})
+    return len(stage.names) if stage.is_sealed else num_shards(read_json(plan) if plan.exists() else {})
 
 
 def _missing(run: RunDir, stage: StageFiles) -> list[int]:

@@ -168,7 +168,7 @@ def episode_keys(found: RunFiles) -> dict[int, str]:
 
 
 def _facts(stage: StageFiles) -> list[Any]:
-    return [str(stage.folder), stage.is_sealed, [path.name for path in stage.files], stage.facts]
+    return [str(stage.folder), stage.is_sealed, stage.names, stage.facts]
 
 
 def _digest(content: Any) -> str:

@@ -23,9 +23,13 @@ class StageFiles:
     episode: int | None  # None for an evaluation
     teacher: str | None
     first_token: int
-    files: list[Path]
+    names: list[str]  # of the shards' files
     facts: dict[str, Any]  # the seal, else the plan
     is_sealed: bool
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -88,21 +92,21 @@ def _stage_files(
     stage, seal = "rollout" if teacher is None else "score", folder / SEAL
     if seal.exists():
         facts = read_json(seal)
-        files = [folder / entry["file"] for entry in facts["shards"]]
+        names = [entry["file"] for entry in facts["shards"]]
     else:
         facts = _plan_of(target.plan if teacher is None else folder / PLAN)
-        files = _published(folder, _plan_of(target.plan))
-    return StageFiles(stage, folder, target.log_name, episode, teacher, first_token, files, facts, seal.exists())
+        names = _published(folder, _plan_of(target.plan))
+    return StageFiles(stage, folder, target.log_name, episode, teacher, first_token, names, facts, seal.exists())
 
 
 def _plan_of(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _published(folder: Path, plan: dict[str, Any]) -> list[Path]:
+def _published(folder: Path, plan: dict[str, Any]) -> list[str]:
     """The shards of a plan that have a file, by the names that the plan gives them."""
     count = num_shards(plan)
-    return [path for shard in range(count) if (path := folder / shard_name(shard, count)).exists()]
+    return [name for shard in range(count) if (folder / (name := shard_name(shard, count))).exists()]
 
 
 def num_shards(plan: dict[str, Any]) -> int:
@@ -120,7 +124,7 @@ def _check_inputs(scores: StageFiles, target: RolloutSet) -> None:
 
 
 def _add(found: RunFiles, stages: list[StageFiles], stage: StageFiles, partial: bool) -> None:
-    if stage.is_sealed or (partial and stage.files):
+    if stage.is_sealed or (partial and stage.names):
         stages.append(stage)
     if not stage.is_sealed:
         view = "rollouts" if stage.teacher is None else "scores"
@@ -132,10 +136,10 @@ def _said(found: RunFiles, stage: StageFiles, partial: bool) -> str:
     what = "rollouts" if stage.teacher is None else f"scores of {stage.teacher}"
     if stage.first_token:
         what += f" from token {stage.first_token}"
-    published = f"{len(stage.files)} of {num_shards(_plan_of(target.plan))} shards published"
+    published = f"{len(stage.names)} of {num_shards(_plan_of(target.plan))} shards published"
     if partial:
         return f"{target.label}: {what} not sealed, {published}"
-    hint = "; --partial includes the published shards" if stage.files else ""
+    hint = "; --partial includes the published shards" if stage.names else ""
     return f"{target.label}: {what} not sealed ({published}), left out{hint}"
 
 

@@ -22,8 +22,8 @@ def _rows_of(run: RunDir, stage: StageFiles) -> list[dict[str, Any]]:
     sealed = {entry["file"]: entry for entry in stage.facts["shards"]} if stage.is_sealed else {}
     rows, place = [], str(stage.folder.relative_to(run.path))
     logs = os.path.join(run.log_folder(stage.stage, stage.log_name), stage.folder.name)
-    for path in stage.files:
-        stem, number, *_ = path.name.split("-")
+    for name in stage.names:
+        stem, number, *_ = name.split("-")
         note = _note(f"{logs}-{stem}-{number}.json")
         rows.append({
             "stage": stage.stage,
@@ -32,9 +32,9 @@ def _rows_of(run: RunDir, stage: StageFiles) -> list[dict[str, Any]]:
             "teacher": stage.teacher,
             "first_token": stage.first_token,
             "shard": int(number),
-            "file": f"{place}/{path.name}",
+            "file": f"{place}/{name}",
             "is_sealed": stage.is_sealed,
-            **{key: sealed.get(path.name, {}).get(key) for key in FROM_SEAL},
+            **{key: sealed.get(name, {}).get(key) for key in FROM_SEAL},
             "plan": stage.facts["plan"] if stage.is_sealed else None,
             "inputs": stage.facts.get("rollouts"),
             **{key: note.get(key) for key in FROM_NOTE},
