@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_cache.inference import distinct_neighbours
-from opd_cache.learn.divide import Layout, RowSize, divide
+from opd_cache.learn.divide import Layout, RowSize, divide, worthwhile
 from opd_cache.learn.shared_prompts import SharedPrompts, shared_prompts
 from opd_cache.models import padded
 from opd_cache.store.join import Joined
@@ -90,7 +90,8 @@ def micro_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches, as many on every rank: where one has fewer, it runs others that do not count.
+    """This rank's micro-batches, as many on every rank: where one has fewer, it runs others that do not count. Padded in
+    place of shared where that saves nothing.
 
     rewards: group-normalised advantage of each row.
     """
@@ -102,6 +103,7 @@ def micro_batches(
         RowSize(len(prompt), len(rollout.response_ids), number)
         for prompt, (rollout, _), number in zip(prompts, rows, numbers, strict=True)
     ]
+    layout = worthwhile(sizes, world, max_tokens, layout)
     parts = divide(sizes, world, max_tokens, layout)
     for index in range(max(len(part) for part in parts)):
         mine = parts[rank][index] if index < len(parts[rank]) else None

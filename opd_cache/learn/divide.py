@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 # padded: a rectangle of whole sequences. packed: sequences behind each other. shared: each prompt once, before all its
 # responses (shared_prompts.py).
 Layout = Literal["padded", "packed", "shared"]
+SHARING_PAYS = (
+    0.1  # share of a padded batch's positions that it must save: attention in rectangles costs something, too
+)
 PIECES_PER_RANK = 4  # of shared prompts: more compute a prompt more often, fewer leave ranks waiting
 
 
@@ -47,6 +50,28 @@ def divide(sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout
         heapq.heappush(loads, (load + piece.tokens, rank))
     split = _runs_of_neighbours if layout == "padded" else _packs
     return [split(pieces, max_tokens) for pieces in ranks]
+
+
+def worthwhile(sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout) -> Layout:
+    """The layout, or padded rows where shared prompts would save next to nothing."""
+    if layout != "shared":
+        return layout
+    padded, shared = (
+        sum(positions(micro, sizes, each) for rank in divide(sizes, world, max_tokens, each) for micro in rank)
+        for each in ("padded", "shared")
+    )
+    return "shared" if shared <= (1 - SHARING_PAYS) * padded else "padded"
+
+
+def positions(micro: Sequence[int], sizes: Sequence[RowSize], layout: Layout) -> int:
+    """What the body computes for a micro-batch."""
+    tokens = [sizes[row].tokens for row in micro]
+    if layout == "padded":
+        return len(micro) * max(tokens)
+    if layout == "packed":
+        return sum(tokens)
+    prompts = {sizes[row].prompt_number: sizes[row].prompt for row in micro}
+    return sum(prompts.values()) + sum(sizes[row].response for row in micro)
 
 
 def _pieces(sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout) -> list[Piece]:

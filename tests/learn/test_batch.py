@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ModelError
 from opd_cache.learn.batch import micro_batches
-from opd_cache.learn.divide import Layout, RowSize, divide
+from opd_cache.learn.divide import Layout, RowSize, divide, positions, worthwhile
 from opd_cache.learn.student import Student
 from opd_cache.models import load_model
 from opd_cache.store.join import Joined
@@ -47,17 +47,6 @@ sizes_of_rows = st.lists(
 )
 
 
-def cost(micro: list[int], sizes: list[RowSize], layout: Layout) -> int:
-    """Positions that the body computes."""
-    tokens = [sizes[row].tokens for row in micro]
-    if layout == "padded":
-        return len(micro) * max(tokens)
-    if layout == "packed":
-        return sum(tokens)
-    prompts = {sizes[row].prompt_number: sizes[row].prompt for row in micro}
-    return sum(prompts.values()) + sum(sizes[row].response for row in micro)
-
-
 @given(sizes_of_rows, st.integers(1, 5), st.integers(1, 200), st.sampled_from(LAYOUTS))
 def test_every_row_is_in_exactly_one_micro_batch_of_one_rank(
     sizes: list[RowSize], world: int, budget: int, layout: Layout
@@ -66,7 +55,7 @@ def test_every_row_is_in_exactly_one_micro_batch_of_one_rank(
     assert len(ranks) == world
     assert Counter(row for rank in ranks for micro in rank for row in micro) == Counter(range(len(sizes)))
     for micro in (micro for rank in ranks for micro in rank):
-        assert cost(micro, sizes, layout) <= budget or len(micro) == 1
+        assert positions(micro, sizes, layout) <= budget or len(micro) == 1
 
 
 @given(st.lists(st.integers(1, 90), min_size=40, max_size=80), st.integers(2, 4))
@@ -80,7 +69,7 @@ def test_ranks_get_nearly_the_same_number_of_tokens(lengths: list[int], world: i
 def test_ranks_share_out_even_the_responses_of_a_single_prompt(lengths: list[int], world: int) -> None:
     sizes = [RowSize(10, length) for length in lengths]
     ranks = divide(sizes, world, 10**6, "shared")
-    loads = [sum(cost(micro, sizes, "shared") for micro in rank) for rank in ranks]
+    loads = [sum(positions(micro, sizes, "shared") for micro in rank) for rank in ranks]
     assert max(loads) <= sum(loads) / world + 10 + 2 * max(lengths)
 
 
@@ -89,6 +78,15 @@ def test_one_rank_computes_a_prompt_once_where_the_budget_allows() -> None:
     assert divide(sizes, 1, 300, "shared") == [[[0, 1, 2, 3], [4, 5]]]
     # 200 take two responses of a prompt.
     assert divide(sizes, 1, 200, "shared") == [[[0, 1], [2, 3], [4, 5]]]
+
+
+def test_prompts_are_shared_where_that_saves_a_tenth_of_the_positions() -> None:
+    alone = [RowSize(100, 50, number) for number in range(4)]
+    assert worthwhile(alone, 1, 1000, "shared") == "padded"
+    assert worthwhile(alone, 1, 1000, "packed") == "packed"
+    assert worthwhile([RowSize(100, 50, number // 2) for number in range(4)], 1, 1000, "shared") == "shared"
+    # Nothing is shared, but lengths differ.
+    assert worthwhile([RowSize(10, 10 + 50 * number, number) for number in range(4)], 1, 1000, "shared") == "shared"
 
 
 @given(sizes_of_rows, st.integers(1, 4), st.integers(1, 200), st.sampled_from(LAYOUTS))

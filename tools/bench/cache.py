@@ -136,7 +136,7 @@ def from_memory(trainer: Trainer, rows: list[Joined]) -> float:
     """Seconds of one step."""
     config, engine, start = trainer.config, trainer.engine, time.perf_counter()
     facts = StepFacts(sum(len(rollout.response_ids) for rollout, _ in rows))
-    micros = list(micro_batches(rows, [0.0] * len(rows), trainer.max_tokens))
+    micros = list(micro_batches(rows, [0.0] * len(rows), trainer.max_tokens, engine.layout))
     for index, micro in enumerate(micros):
         objective = BareObjective(trainer.loss, config, facts, micro, engine.vocab_size, None)
         engine.forward_backward(micro, objective, is_last=index == len(micros) - 1)
