@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_cache.inference import distinct_neighbours
-from opd_cache.learn.divide import Layout, RowSize, divide, worthwhile
+from opd_cache.learn.divide import Layout, RowSize, divide_worthwhile
 from opd_cache.learn.shared_prompts import SharedPrompts, shared_prompts
 from opd_cache.models import padded
 from opd_cache.store.join import Joined
@@ -103,8 +103,7 @@ def micro_batches(
         RowSize(len(prompt), len(rollout.response_ids), number)
         for prompt, (rollout, _), number in zip(prompts, rows, numbers, strict=True)
     ]
-    layout = worthwhile(sizes, world, max_tokens, layout)
-    parts = divide(sizes, world, max_tokens, layout)
+    layout, parts = divide_worthwhile(sizes, world, max_tokens, layout)
     for index in range(max(len(part) for part in parts)):
         mine = parts[rank][index] if index < len(parts[rank]) else None
         # The first rank's last micro-batch is among the cheapest there are.

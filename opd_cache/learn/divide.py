@@ -11,9 +11,7 @@ from typing import Literal, NamedTuple
 # padded: a rectangle of whole sequences. packed: sequences behind each other. shared: each prompt once, before all its
 # responses (shared_prompts.py).
 Layout = Literal["padded", "packed", "shared"]
-SHARING_PAYS = (
-    0.1  # share of a padded batch's positions that it must save: attention in rectangles costs something, too
-)
+SHARING_PAYS = 0.1  # share of the padded positions that it must save: attention in rectangles costs something, too
 PIECES_PER_RANK = 4  # of shared prompts: more compute a prompt more often, fewer leave ranks waiting
 
 
@@ -52,15 +50,17 @@ def divide(sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout
     return [split(pieces, max_tokens) for pieces in ranks]
 
 
-def worthwhile(sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout) -> Layout:
-    """The layout, or padded rows where shared prompts would save next to nothing."""
+def divide_worthwhile(
+    sizes: Sequence[RowSize], world: int, max_tokens: int, layout: Layout
+) -> tuple[Layout, list[list[list[int]]]]:
+    """The layout and its division; padded rows where shared prompts would save next to nothing."""
+    found = divide(sizes, world, max_tokens, layout)
     if layout != "shared":
-        return layout
-    padded, shared = (
-        sum(positions(micro, sizes, each) for rank in divide(sizes, world, max_tokens, each) for micro in rank)
-        for each in ("padded", "shared")
-    )
-    return "shared" if shared <= (1 - SHARING_PAYS) * padded else "padded"
+        return layout, found
+    padded = divide(sizes, world, max_tokens, "padded")
+    before = sum(positions(micro, sizes, "padded") for rank in padded for micro in rank)
+    after = sum(positions(micro, sizes, "shared") for rank in found for micro in rank)
+    return ("shared", found) if after <= (1 - SHARING_PAYS) * before else ("padded", padded)
 
 
 def positions(micro: Sequence[int], sizes: Sequence[RowSize], layout: Layout) -> int:

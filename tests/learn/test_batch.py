@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ModelError
 from opd_cache.learn.batch import micro_batches
-from opd_cache.learn.divide import Layout, RowSize, divide, positions, worthwhile
+from opd_cache.learn.divide import Layout, RowSize, divide, divide_worthwhile, positions
 from opd_cache.learn.student import Student
 from opd_cache.models import load_model
 from opd_cache.store.join import Joined
@@ -82,11 +82,14 @@ def test_one_rank_computes_a_prompt_once_where_the_budget_allows() -> None:
 
 def test_prompts_are_shared_where_that_saves_a_tenth_of_the_positions() -> None:
     alone = [RowSize(100, 50, number) for number in range(4)]
-    assert worthwhile(alone, 1, 1000, "shared") == "padded"
-    assert worthwhile(alone, 1, 1000, "packed") == "packed"
-    assert worthwhile([RowSize(100, 50, number // 2) for number in range(4)], 1, 1000, "shared") == "shared"
+    assert divide_worthwhile(alone, 1, 1000, "shared")[0] == "padded"
+    assert divide_worthwhile(alone, 1, 1000, "packed")[0] == "packed"
+    assert divide_worthwhile([RowSize(100, 50, number // 2) for number in range(4)], 1, 1000, "shared")[0] == "shared"
     # Nothing is shared, but lengths differ.
-    assert worthwhile([RowSize(10, 10 + 50 * number, number) for number in range(4)], 1, 1000, "shared") == "shared"
+    assert (
+        divide_worthwhile([RowSize(10, 10 + 50 * number, number) for number in range(4)], 1, 1000, "shared")[0]
+        == "shared"
+    )
 
 
 @given(sizes_of_rows, st.integers(1, 4), st.integers(1, 200), st.sampled_from(LAYOUTS))

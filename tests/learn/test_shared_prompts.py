@@ -1,6 +1,7 @@
 """Prompts that the learner's body computes once for all their responses: the same numbers as whole sequences."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_never_packing_leaves_the_model_as_it_is() -> None:
     assert student.module.config._attn_implementation == "sdpa"
 
 
-def test_a_saved_model_does_not_name_the_attention(tmp_path) -> None:
+def test_a_saved_model_does_not_name_the_attention(tmp_path: Path) -> None:
     folder = save_model(tiny_qwen2(seed=1), tmp_path / "model")
     student = Student(load_model(ModelConfig(str(folder), device="cpu"), "student"))
     student.module.save_pretrained(tmp_path / "before")
