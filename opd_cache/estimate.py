@@ -22,10 +22,12 @@ ADAM_BYTES, WEIGHT_BYTES = 8, 4  # of a parameter, in float32
 KEPT_ACTIVATIONS = {"none": 26, "selective": 13, "full": 2}
 # Where the recipe leaves a micro-batch open: its tokens, and the memory that they may take however small the model is.
 LEAST_TOKENS, MOST_TOKENS, LEAST_ACTIVATIONS = 1024, 8192, 1 << 29
-# Rows of logits that the head's loop takes at once: of a chunk it holds two matrices. The weight and its gradient are read for
-# every chunk, so that much fewer rows are bound by memory; much more only fill it. A GPU multiplies faster than it reads:
-# there 1,024 rows take 54 ms where 256 take 94 and 2,048 take 47.
-ROWS_PER_CHUNK = {"cpu": 256, "cuda": 1024}
+# Rows of logits that the head's loop takes at once: of a chunk it holds one matrix in float32, two in bfloat16. The weight and
+# its gradient are read for every chunk, so that much fewer rows are bound by memory; much more only fill it. A GPU multiplies
+# faster than it reads: there 1,024 rows take 54 ms where 256 take 94 and 2,048 take 47.
+ROWS_PER_CHUNK = {"cpu": 512, "cuda": 1024}
+# Values of it that softmax and sums take at once: what a CPU's cache holds; a GPU takes a chunk whole.
+VALUES_PER_PART = {"cpu": 1 << 22, "cuda": 1 << 30}
 # Loading so many again for every stage takes part of a second; more are worth their memory to the stage that runs.
 KEPT_PARAMETERS = 50e6
 
@@ -153,8 +155,9 @@ def learning_bytes(learn: LearnConfig, student: ModelSize, gpu_bytes: int) -> in
     """Memory of one micro-batch's forward and backward, with weights, gradients and AdamW."""
     tokens = micro_batch_tokens(learn, student, gpu_bytes=gpu_bytes)
     kept = tokens * _activation_bytes(learn, student)
-    head_rows = ROWS_PER_CHUNK["cuda" if gpu_bytes else "cpu"]
-    return _training_bytes(learn, student) + kept + 2 * 4 * head_rows * student.vocab
+    device = "cuda" if gpu_bytes else "cpu"
+    chunk = ROWS_PER_CHUNK[device] * student.vocab
+    return _training_bytes(learn, student) + kept + 4 * (chunk + min(chunk, 2 * VALUES_PER_PART[device]))
 
 
 def _training_bytes(learn: LearnConfig, student: ModelSize) -> int:

@@ -1,12 +1,14 @@
 """The LM head without its logits: log-probs of chosen ids, and the loss on them, chunk by chunk of response tokens.
 
-A [tokens, vocabulary] matrix in float32 is what fills a learner's memory. Here two buffers of one chunk are all that
-ever exists of it. The loss of a token depends on its own log-probs, so its gradient is known as soon as its chunk's
+A [tokens, vocabulary] matrix in float32 is what fills a learner's memory. Here a chunk of it is all that ever exists: the
+product W h, whose place its probabilities take, and theirs the gradient (in bfloat16, or with a soft cap, a second matrix
+stands beside it). The loss of a token depends on its own log-probs, so its gradient is known as soon as its chunk's
 logits are: both passes over a chunk happen while it is at hand, and nothing is computed twice. Only a loss that looks
 across the tokens of a response needs all log-probs first; its chunks are then computed again.
 """
 
-# N response tokens, M gathered ids a token, H hidden size, V vocabulary; a chunk's tensors carry the same suffixes
+# N response tokens, M gathered ids a token, H hidden size, V vocabulary; a chunk's tensors carry the same suffixes,
+# those of a part of a chunk P for N
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_cache.errors import ModelError
-from opd_cache.estimate import ROWS_PER_CHUNK
+from opd_cache.estimate import ROWS_PER_CHUNK, VALUES_PER_PART
 from opd_cache.learn.fused import FusedLogprobs, check_fused, fused_logprobs
 from opd_cache.models import LanguageModel
 
@@ -90,19 +92,20 @@ class Head(nn.Module):
             bias = None if self.bias is None else self.bias.to(dtype)
             return _gather_all(hidden_NH.to(dtype), self.weight.to(dtype), bias, self, ids_NM)
 
-    def logits(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-        """[N, V] in float32, computed in the weight's dtype."""
-        logits_NV = nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
+    def logits(self, product_NV: Tensor) -> Tensor:
+        """[N, V] in float32, from W h + b. Where nothing is to be done the product itself."""
+        logits_NV = product_NV.float()
         if self.scale != 1:
-            logits_NV.mul_(self.scale)
+            logits_NV = logits_NV * self.scale
         if self.softcap is not None:
-            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits_NV = (logits_NV / self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
 
-    def grad_before_cap(self, grad_NV: Tensor, logits_NV: Tensor) -> Tensor:
-        """Gradient of W h + b from that of the logits, in place."""
+    def grad_of_product(self, grad_NV: Tensor, product_NV: Tensor) -> Tensor:
+        """Gradient of W h + b from that of the logits, in place. Without a soft cap the product itself is not read."""
         if self.softcap is not None:
-            grad_NV.mul_(1 - (logits_NV / self.softcap).square_())
+            for rows in _parts(product_NV):
+                grad_NV[rows].mul_(1 - (self.logits(product_NV[rows]) / self.softcap).square_())
         if self.scale != 1:
             grad_NV.mul_(self.scale)
         return grad_NV
@@ -133,7 +136,8 @@ class _HeadLoss(torch.autograd.Function):
                     losses, slice(0, len(ids_NM)), *_gather_all(hidden, weight, bias, head, ids_NM)
                 )
             for rows in _chunks(len(hidden), weight):
-                logits_NV, probs_NV, logprobs_NM, entropy_N = _gather(head, hidden[rows], weight, bias, ids_NM[rows])
+                product_NV = nn.functional.linear(hidden[rows], weight, bias)
+                probs_NV, logprobs_NM, entropy_N = _gather(head, product_NV, ids_NM[rows])
                 if known_NM is None:
                     loss, grad_NM = _loss_and_grad(losses, rows, logprobs_NM, entropy_N)
                     total = total + loss
@@ -141,13 +145,13 @@ class _HeadLoss(torch.autograd.Function):
                     grad_NM = known_NM[rows]
                 # d log p[m] / d logits = onehot(m) − p
                 grad_NV = probs_NV.mul_(-grad_NM.sum(-1, keepdim=True)).scatter_add_(-1, ids_NM[rows], grad_NM)
-                grad_NV = head.grad_before_cap(grad_NV, logits_NV).to(dtype)
+                grad_NV = head.grad_of_product(grad_NV, product_NV).to(dtype)
                 torch.mm(grad_NV, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     _add_product(grad_weight, grad_NV.t(), hidden[rows])
                 if grad_bias is not None:
                     grad_bias += grad_NV.sum(0)
-                del logits_NV, probs_NV, grad_NV  # else the next chunk's stand beside them
+                del product_NV, probs_NV, grad_NV  # else the next chunk's stand beside them
         left = (None, None) if head.adds_to_grad else (grad_weight, grad_bias)
         ctx.grads = [
             None if grad is None or parameter is None else grad.to(parameter.dtype)
@@ -197,22 +201,30 @@ def _gather_all(
     logprobs_NM = torch.empty(ids_NM.shape, device=hidden_NH.device)
     entropy_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
     for rows in _chunks(len(hidden_NH), weight_VH):
-        logprobs_NM[rows], entropy_N[rows] = _gather(head, hidden_NH[rows], weight_VH, bias_V, ids_NM[rows])[2:]
+        product_NV = nn.functional.linear(hidden_NH[rows], weight_VH, bias_V)
+        logprobs_NM[rows], entropy_N[rows] = _gather(head, product_NV, ids_NM[rows])[1:]
+        del product_NV
     return logprobs_NM, entropy_N
 
 
-def _gather(
-    head: Head, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_NM: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits, probabilities, log-probs of the ids, entropy) of one chunk."""
-    logits_NV = head.logits(hidden_NH, weight_VH, bias_V)
-    probs_NV = logits_NV.softmax(-1)
-    # log Σ exp, from the likeliest token: its probability is at least 1/V, so that its logarithm is exact enough.
-    total_N1 = logits_NV.amax(-1, keepdim=True) - probs_NV.amax(-1, keepdim=True).log()
-    # A product of matrices, since a sum of products would need a third buffer.
-    mean_logit_N = torch.bmm(probs_NV[:, None, :], logits_NV[:, :, None]).flatten()
-    entropy_N = total_N1.squeeze(-1) - mean_logit_N
-    return logits_NV, probs_NV, logits_NV.gather(-1, ids_NM) - total_N1, entropy_N
+def _gather(head: Head, product_NV: Tensor, ids_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities, log-probs of the ids, entropy) of one chunk, part by part; the first in the product's place if they can be."""
+    in_place = head.softcap is None and product_NV.dtype == torch.float32
+    probs_NV = product_NV if in_place else torch.empty_like(product_NV, dtype=torch.float32)
+    logprobs_NM = torch.empty(ids_NM.shape, device=ids_NM.device)
+    entropy_N = torch.empty(len(ids_NM), device=ids_NM.device)
+    for rows in _parts(product_NV):
+        logits_PV = head.logits(product_NV[rows])
+        probs_PV = torch.softmax(logits_PV, -1, out=None if in_place else probs_NV[rows])
+        # log Σ exp, from the likeliest token: its probability is at least 1/V, so that its logarithm is exact enough.
+        total_P1 = logits_PV.amax(-1, keepdim=True) - probs_PV.amax(-1, keepdim=True).log()
+        # A product of matrices, since a sum of products would need a third buffer.
+        mean_logit_P = torch.bmm(probs_PV[:, None, :], logits_PV[:, :, None]).flatten()
+        entropy_N[rows] = total_P1.squeeze(-1) - mean_logit_P
+        logprobs_NM[rows] = logits_PV.gather(-1, ids_NM[rows]) - total_P1
+        if in_place:
+            product_NV[rows] = probs_PV
+    return probs_NV, logprobs_NM, entropy_N
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -228,6 +240,15 @@ def rows_per_chunk(vocab_size: int, device: str) -> int:
     return max(ROWS_PER_CHUNK.get(device, ROWS_PER_CHUNK["cpu"]), VALUES_PER_CHUNK // vocab_size)
 
 
+def _parts(product_NV: Tensor) -> Iterator[slice]:
+    """Rows of a chunk that are worked on together."""
+    device = product_NV.device.type
+    return _slices(len(product_NV), max(1, VALUES_PER_PART.get(device, VALUES_PER_PART["cpu"]) // product_NV.shape[1]))
+
+
 def _chunks(num_rows: int, weight_VH: Tensor) -> Iterator[slice]:
-    size = rows_per_chunk(len(weight_VH), weight_VH.device.type)
+    return _slices(num_rows, rows_per_chunk(len(weight_VH), weight_VH.device.type))
+
+
+def _slices(num_rows: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
