@@ -75,7 +75,7 @@ bench verify_large "--tokens 80000000" "--tokens 1000000 --repeats 1" "$VENV" ve
 # The quickstart's run, made for it.
 bench bytes "--quickstart $task/task" "--quickstart $task/task --episodes 1" "$VENV" bytes.py
 bench score_small "--model small" "--model small --repeats 1" "$VLLM_VENV" score.py
-bench score_vocabulary "--model vocabulary --repeats 2" "--model vocabulary --repeats 1 --only stock vllm_shared" \
+bench score_vocabulary "--model vocabulary" "--model vocabulary --repeats 1 --only stock vllm_shared" \
     "$VLLM_VENV" score.py
 bench query "" "--tokens 500000 --repeats 1" "$VENV" query.py
 bench serve "" "--tokens 500000 --repeats 1" "$VENV" serve.py
