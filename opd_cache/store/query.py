@@ -186,6 +186,7 @@ def stopped_after(connection: Connection, timeout_s: float) -> Iterator[None]:
             yield
     finally:
         timer.cancel()
+        timer.join()  # a thread that still holds the connection when Python ends is a leak that DuckDB reports
 
 
 def query_rows(runs: Runs, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:

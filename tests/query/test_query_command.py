@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_what_is_left_out_is_one_line_on_stderr(finished_run: Run, tmp_path: Pat
 
 
 # Limits and locks
+
+
+def test_no_thread_outlives_its_query(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that still held the connection when Python ends had DuckDB print pages about leaks.
+    class SlowToEnd(threading.Timer):
+        def run(self) -> None:
+            super().run()
+            time.sleep(0.2)
+
+    monkeypatch.setattr(threading, "Timer", SlowToEnd)
+    query_rows(finished_run.dir.path, "SELECT 1")
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, SlowToEnd)]
 
 
 def test_time_and_memory_are_limited(finished_run: Run) -> None:
