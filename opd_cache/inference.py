@@ -1,12 +1,11 @@
-"""What sampling and scoring with transformers share: prompts that are computed once for all their samples, and two
-faster ways to the same numbers on a CPU."""
+"""What sampling and scoring with transformers share: two faster ways to the same numbers on a CPU; and prompts that are
+computed once for all their samples."""
 
-# G distinct prompts, B sequences, P prompt positions, H hidden size
+# G distinct prompts, P prompt positions
 
-import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +21,6 @@ GROUPED = "sdpa_grouped"
 FEW_ROWS = 64
 
 
-class Prefilled(NamedTuple):
-    """Distinct prompts, left-padded, that the model has seen."""
-
-    cache: DynamicCache  # keys and values, G rows
-    last_GH: Tensor  # hidden states of the last prompt tokens
-    mask_GP: Tensor
-    numbers: Tensor  # [B]: the distinct prompt of each sequence
-
-    def cache_of(self, rows: Tensor) -> DynamicCache:
-        """Keys and values for these of the B sequences."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_select_indices(self.numbers[rows])
-        return cache
-
-
 def distinct_neighbours(prompts: Sequence[np.ndarray]) -> list[int]:
     """For each prompt the number of the distinct one that it is, where equal ones stand side by side."""
     numbers = [0]
@@ -45,20 +29,21 @@ def distinct_neighbours(prompts: Sequence[np.ndarray]) -> list[int]:
     return numbers
 
 
-def prefill(model: LanguageModel, prompts: Sequence[np.ndarray]) -> Prefilled:
-    """Run the body over prompts, equal neighbours once."""
+def prefill(model: LanguageModel, prompts: Sequence[np.ndarray]) -> DynamicCache:
+    """Keys and values of prompts, left-padded, a row for each; equal neighbours are computed once."""
     numbers = distinct_neighbours(prompts)
     firsts = [prompts[numbers.index(number)] for number in range(numbers[-1] + 1)]
     ids_GP, mask_GP = padded(firsts, "left", model.device)
     cache = DynamicCache(config=model.module.config)
-    output = model.body(
+    model.body(
         input_ids=ids_GP,
         attention_mask=mask_GP,
         position_ids=(mask_GP.cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
     )
-    return Prefilled(cache, output.last_hidden_state[:, -1], mask_GP, torch.tensor(numbers, device=model.device))
+    cache.batch_select_indices(torch.tensor(numbers, device=model.device))
+    return cache
 
 
 def can_share_prompts(model: LanguageModel) -> bool:
@@ -71,12 +56,12 @@ def use_cpu_attention(model: LanguageModel) -> None:
     head when a batch is padded, which takes longer than the attention of a single new token. The same numbers, bit by
     bit."""
     if model.device.type == "cpu" and getattr(model.module.config, "_attn_implementation", None) == "sdpa":
-        AttentionInterface.register(GROUPED, _grouped_attention)
+        AttentionInterface.register(GROUPED, grouped_attention)
         AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.module.set_attn_implementation(GROUPED)
 
 
-def _grouped_attention(
+def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     is_plain = all(options.get(name) is None for name in ("position_bias", "cache"))

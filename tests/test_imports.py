@@ -16,6 +16,9 @@ HOMES = {
     "torch": (
         "inference.py",
         "models.py",
+        "sequences.py",
+        "shared_attention.py",
+        "shared_prompts.py",
         "tensor_files.py",
         "vllm_worker.py",
         "learn/",
@@ -27,8 +30,8 @@ HOMES = {
     "transformers": (
         "inference.py",
         "models.py",
+        "shared_attention.py",
         "learn/engines/",
-        "learn/shared_prompts.py",
         "rollout/samplers/",
         "score/scorers/",
         "quickstart/",

@@ -121,11 +121,11 @@ class ScoreConfig:
         min=1,
     )
     max_tokens_per_batch: int = option(
-        8192, "Padded tokens in one forward pass of the hf scorer. Bounds memory.", min=1
+        8192, "Tokens in one forward pass of the hf scorer, padding included. Bounds memory.", min=1
     )
     share_prompts: str = option(
         "auto",
-        "Compute a prompt once for all its samples. auto: where it saves a quarter.",
+        "Compute a prompt once for all its samples. auto: where it saves a tenth of all tokens.",
         choices=("auto", "always", "never"),
     )
     max_gap: Optional[float] = option(

@@ -1,11 +1,10 @@
-"""From joined rows to tensors. The shift between a token and the position that predicts it happens here and nowhere else."""
+"""From joined rows to tensors."""
 
 # B sequences, T positions, N response tokens of all sequences in a row, K teacher top-k
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from opd_cache.inference import distinct_neighbours
 from opd_cache.learn.divide import Layout, RowSize, divide_worthwhile
-from opd_cache.learn.shared_prompts import SharedPrompts, shared_prompts
-from opd_cache.models import padded
+from opd_cache.sequences import Group, grouped, in_a_rectangle, in_one_row
+from opd_cache.shared_prompts import SharedPrompts, shared_prompts
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
 
@@ -77,6 +76,12 @@ def loss_places(rollout: Rollout) -> npt.NDArray[np.int64]:
     return np.arange(len(rollout.response_ids)) if rollout.loss_mask is None else np.flatnonzero(rollout.loss_mask)
 
 
+def seen_ids(rollout: Rollout) -> npt.NDArray[np.int32]:
+    """What the body reads of a response: the tokens before the last that carries a loss."""
+    places = loss_places(rollout)
+    return rollout.response_ids[: places[-1] if len(places) else 0]
+
+
 def sampled_values(values: npt.NDArray | None, places: npt.NDArray[np.int64]) -> npt.NDArray:
     """[L], the values at these places; NaN where they are not known."""
     return np.full(len(places), np.nan, np.float32) if values is None else values[places]
@@ -100,7 +105,7 @@ def micro_batches(
     prompts = [rollout.prompt_ids for rollout, _ in rows]
     numbers = distinct_neighbours(prompts)
     sizes = [
-        RowSize(len(prompt), len(rollout.response_ids), number)
+        RowSize(len(prompt), len(seen_ids(rollout)), number)
         for prompt, (rollout, _), number in zip(prompts, rows, numbers, strict=True)
     ]
     layout, parts = divide_worthwhile(sizes, world, max_tokens, layout)
@@ -110,94 +115,38 @@ def micro_batches(
         chosen = mine or parts[0][-1][-1:]
         if layout == "shared":  # pieces of one prompt meet again
             chosen = sorted(chosen)
-        groups = [list(group) for _, group in groupby(chosen, key=lambda row: numbers[row])]
         yield _micro_batch(
-            [[rows[row] for row in group] for group in groups],
-            [rewards[row] for row in chosen],
-            layout,
-            counts=mine is not None,
+            [rows[row] for row in chosen], [rewards[row] for row in chosen], layout, counts=mine is not None
         )
 
 
-def _micro_batch(
-    groups: Sequence[Sequence[Joined]], rewards: Sequence[float], layout: Layout, counts: bool
-) -> MicroBatch:
-    """groups: neighbours with one prompt."""
-    rows = [row for group in groups for row in group]
+def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], layout: Layout, counts: bool) -> MicroBatch:
     kept = [loss_places(rollout) for rollout, _ in rows]
     num_kept = torch.tensor([len(places) for places in kept])
-    if layout != "shared":
-        groups = [[row] for row in rows]
-    place = _in_a_rectangle if layout == "padded" else _in_one_row
-    ids, mask, positions, last_of_prompts, starts = place([[rollout for rollout, _ in group] for group in groups])
-    shared = None
+    prompts, seen = [rollout.prompt_ids for rollout, _ in rows], [seen_ids(rollout) for rollout, _ in rows]
     if layout == "shared":
-        prompts = [len(group[0][0].prompt_ids) for group in groups]
-        shared = shared_prompts(prompts, [[len(rollout.response_ids) for rollout, _ in group] for group in groups])
-    # logits at i − 1 predict token i
-    predictors = [
-        np.where(places == 0, last, start + places - 1)
-        for last, start, places in zip(last_of_prompts, starts, kept, strict=True)
-    ]
-    placed = [(rollout, score, places) for (rollout, score), places in zip(rows, kept, strict=True)]
+        groups = grouped(prompts, seen)
+    else:
+        groups = [Group(prompt, [ids]) for prompt, ids in zip(prompts, seen, strict=True)]
+    placed = in_a_rectangle(groups) if layout == "padded" else in_one_row(groups)
+    by_row = [(rollout, score, places) for (rollout, score), places in zip(rows, kept, strict=True)]
     return MicroBatch(
-        input_ids_BT=ids,
-        attention_mask_BT=mask,
-        position_ids_BT=positions,
-        shared_prompts=shared,
-        predictor_N=_tensor(predictors, torch.int64),
+        input_ids_BT=placed.ids_BT,
+        attention_mask_BT=placed.mask_BT,
+        position_ids_BT=placed.positions_BT,
+        shared_prompts=shared_prompts(groups) if layout == "shared" else None,
+        predictor_N=placed.predictors(kept),
         row_N=torch.repeat_interleave(torch.arange(len(rows)), num_kept),
-        target_ids_N=_tensor([rollout.response_ids[places] for rollout, _, places in placed], torch.int64),
+        target_ids_N=_tensor([rollout.response_ids[places] for rollout, _, places in by_row], torch.int64),
         sampling_logprobs_N=_tensor(
-            [sampled_values(rollout.sampling_logprobs, places) for rollout, _, places in placed], torch.float32
+            [sampled_values(rollout.sampling_logprobs, places) for rollout, _, places in by_row], torch.float32
         ),
-        teacher_logprobs_N=_tensor([score.teacher_logprobs[places] for _, score, places in placed], torch.float32),
-        topk_ids_NK=_tensor([score.topk_ids[places] for _, score, places in placed], torch.int64),
-        topk_logprobs_NK=_tensor([score.topk_logprobs[places] for _, score, places in placed], torch.float32),
+        teacher_logprobs_N=_tensor([score.teacher_logprobs[places] for _, score, places in by_row], torch.float32),
+        topk_ids_NK=_tensor([score.topk_ids[places] for _, score, places in by_row], torch.int64),
+        topk_logprobs_NK=_tensor([score.topk_logprobs[places] for _, score, places in by_row], torch.float32),
         reward_advantages_N=torch.repeat_interleave(torch.tensor(rewards, dtype=torch.float32), num_kept),
         counts=counts,
     )
-
-
-class _Placed(NamedTuple):
-    """Where the sequences lie: flat positions of each row's last prompt token and of its first response token."""
-
-    ids_BT: Tensor
-    mask_BT: Tensor | None
-    positions_BT: Tensor | None
-    last_of_prompts: list[int]
-    starts: list[int]
-
-
-def _in_a_rectangle(groups: Sequence[Sequence[Rollout]]) -> _Placed:
-    """Rows of whole sequences, one rollout a group, padded on the right."""
-    rollouts = [rollout for group in groups for rollout in group]
-    sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
-    ids, mask = padded(sequences, "right", torch.device("cpu"))
-    starts = [row * ids.shape[1] + len(rollout.prompt_ids) for row, rollout in enumerate(rollouts)]
-    return _Placed(ids, mask, None, [start - 1 for start in starts], starts)
-
-
-def _in_one_row(groups: Sequence[Sequence[Rollout]]) -> _Placed:
-    """Each group's prompt, then all its responses, which count their positions from the prompt's end."""
-    parts: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    lasts: list[int] = []
-    starts: list[int] = []
-    end = 0
-    for group in groups:
-        prompt = len(group[0].prompt_ids)
-        parts.append(group[0].prompt_ids)
-        positions.append(np.arange(prompt))
-        end += prompt
-        last = end - 1
-        for rollout in group:
-            parts.append(rollout.response_ids)
-            positions.append(prompt + np.arange(len(rollout.response_ids)))
-            lasts.append(last)
-            starts.append(end)
-            end += len(rollout.response_ids)
-    return _Placed(_tensor(parts, torch.int64)[None], None, _tensor(positions, torch.int64)[None], lasts, starts)
 
 
 def _tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:

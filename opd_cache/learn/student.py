@@ -13,8 +13,8 @@ from opd_cache.learn.batch import MicroBatch
 from opd_cache.learn.divide import Layout
 from opd_cache.learn.head import Head
 from opd_cache.learn.objective import Objective
-from opd_cache.learn.shared_prompts import hidden_of_shared, use_shared_prompts
 from opd_cache.models import PROBE_TOLERANCE, LanguageModel, autocast_dtype
+from opd_cache.shared_attention import hidden_of_shared, use_shared_prompts
 
 
 class Student(nn.Module):

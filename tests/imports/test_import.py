@@ -228,7 +228,7 @@ def test_a_masked_row_has_the_tensors_of_its_sampled_tokens() -> None:
     row = Rollout("0/0/0", 0, 0, np.int32([5, 6]), np.int32([7, 8, 9]), np.float32([-1, 0, -3]), "length", 0, loss_mask=mask)  # fmt: skip
     score = Score("0/0/0", row.ids_hash, np.float32([-4, -5, -6]), np.ones(3, np.int32), np.int32([[1], [2], [3]]), np.float32([[-1], [-2], [-3]]))  # fmt: skip
     (micro,) = micro_batches([(row, score)], [0.5], max_tokens=10)
-    assert micro.input_ids_BT.tolist() == [[5, 6, 7, 8, 9]]
+    assert micro.input_ids_BT.tolist() == [[5, 6, 7, 8]]  # the last token predicts nothing
     assert (micro.target_ids_N.tolist(), micro.predictor_N.tolist()) == ([7, 9], [1, 3])
     assert (micro.sampling_logprobs_N.tolist(), micro.teacher_logprobs_N.tolist()) == ([-1, -3], [-4, -6])
     assert (micro.topk_ids_NK.tolist(), micro.reward_advantages_N.tolist()) == ([[1], [3]], [0.5, 0.5])

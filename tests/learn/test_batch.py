@@ -118,6 +118,17 @@ def test_each_token_is_predicted_from_the_position_before_it(layout: Layout) -> 
     assert len(set(micro.row_N.tolist())) == 3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_predicts_no_token_with_a_loss_is_not_computed(layout: Layout) -> None:
+    rows = [joined_row([11, 12], [13, 14, 15, 16]), joined_row([11, 12], [17, 18, 19])]
+    masks = [np.array([False, True, False, False]), np.array([True, False, True])]
+    rows = [(replace(rollout, loss_mask=mask), score) for (rollout, score), mask in zip(rows, masks, strict=True)]
+    (micro,) = micro_batches(rows, [0.0, 0.0], 100, layout)
+    assert not {14, 15, 16, 19} & set(micro.input_ids_BT.flatten().tolist())
+    before = micro.input_ids_BT.flatten()[micro.predictor_N].tolist()
+    assert sorted(zip(micro.target_ids_N.tolist(), before, strict=True)) == [(14, 13), (17, 12), (19, 18)]
+
+
 def student_of(tmp_path_factory: pytest.TempPathFactory, attention: str) -> Student:
     folder = save_model(tiny_qwen2(seed=1), tmp_path_factory.mktemp("student"))
     return Student(load_model(ModelConfig(str(folder), device="cpu", attn_implementation=attention), "student"))
@@ -140,7 +151,7 @@ def some_rows() -> list[Joined]:
 def test_packed_sequences_do_not_see_their_neighbours(student: Student) -> None:
     rows = some_rows()
     (packed,) = micro_batches(rows, [0.0] * 4, 100, "packed")
-    assert packed.input_ids_BT.shape == (1, sum(rollout.num_tokens for rollout, _ in rows))
+    assert packed.input_ids_BT.shape == (1, sum(rollout.num_tokens - 1 for rollout, _ in rows))
     together = student.sampled_logprobs(packed)
     # By length, longest first, as the division orders them.
     order = sorted(range(4), key=lambda row: -rows[row][0].num_tokens)
@@ -152,7 +163,7 @@ def test_another_neighbour_changes_nothing(student: Student) -> None:
     rows = some_rows()
     (before,) = micro_batches(rows, [0.0] * 4, 100, "packed")
     ids = before.input_ids_BT.clone()
-    ids[0, : rows[1][0].num_tokens] = 200  # the longest row comes first
+    ids[0, : rows[1][0].num_tokens - 1] = 200  # the longest row comes first
     found = student.sampled_logprobs(replace(before, input_ids_BT=ids))
     others = before.row_N != before.row_N[0]
     expected = student.sampled_logprobs(before)

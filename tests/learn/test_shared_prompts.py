@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from test_batch import joined_row
 
 from opd_cache.config import ModelConfig
-from opd_cache.learn.batch import MicroBatch, micro_batches
+from opd_cache.learn.batch import MicroBatch, loss_places, micro_batches
 from opd_cache.learn.recompute import recompute_activations
-from opd_cache.learn.shared_prompts import ATTENTION, shared_prompts
 from opd_cache.learn.student import Student
 from opd_cache.models import LanguageModel, load_model
+from opd_cache.sequences import Group
+from opd_cache.shared_attention import ATTENTION, attention_windows
+from opd_cache.shared_prompts import shared_prompts
 from opd_cache.store.join import Joined
 
 SIZES = {
@@ -36,11 +39,11 @@ GPT2 = {
 }
 SHARING = {
     "Qwen2": SIZES, "Qwen3": {**SIZES, "head_dim": 8}, "Llama": SIZES, "Gemma": {**SIZES, "head_dim": 8},
-    "Qwen3Moe": {**SIZES, **EXPERTS, "head_dim": 8}, "GPT2": GPT2,
+    "Qwen3Moe": {**SIZES, **EXPERTS, "head_dim": 8}, "GPT2": GPT2, "Mistral": {**SIZES, "sliding_window": 4},
+    "Gemma3Text": {**SIZES, "head_dim": 8, "sliding_window": 4, "num_hidden_layers": 6},
 }  # fmt: skip
 NOT_SHARING = {
-    "Mistral": {**SIZES, "sliding_window": 4},
-    "Gemma3Text": {**SIZES, "head_dim": 8, "sliding_window": 4},
+    "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
     "Bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
 
@@ -100,10 +103,8 @@ def assert_the_same(student: Student, rows: list[Joined]) -> None:
     expected, gradients = logprobs_and_gradients(student, micro_batch(rows, "padded"))
     micro = micro_batch(rows, "shared")
     prompts = {bytes(rollout.prompt_ids): len(rollout.prompt_ids) for rollout, _ in rows}
-    assert micro.input_ids_BT.shape == (
-        1,
-        sum(prompts.values()) + sum(len(rollout.response_ids) for rollout, _ in rows),
-    )
+    seen = sum(int(loss_places(rollout)[-1]) for rollout, _ in rows)
+    assert micro.input_ids_BT.shape == (1, sum(prompts.values()) + seen)
     found, shared_gradients = logprobs_and_gradients(student, micro)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, abs=2e-5)
@@ -138,21 +139,21 @@ def test_lengths_may_differ_a_lot() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 300), st.lists(st.integers(1, 900), min_size=1, max_size=9)), min_size=1, max_size=9
+        st.tuples(st.integers(1, 300), st.lists(st.integers(0, 900), min_size=1, max_size=9)), min_size=1, max_size=9
     )
 )
 def test_every_position_has_one_place_and_rectangles_little_else(groups: list[tuple[int, list[int]]]) -> None:
-    layout = shared_prompts([prompt for prompt, _ in groups], [its for _, its in groups])
+    layout = shared_prompts([Group(np.zeros(prompt), [np.zeros(count) for count in its]) for prompt, its in groups])
     positions = torch.arange(sum(prompt + sum(its) for prompt, its in groups))
     assert torch.equal(layout.source_N[layout.place_T], positions)
     assert int((~layout.is_filler_N1).sum()) == len(positions)
-    rectangles = [*layout.whole, *(part.rectangle for part in layout.responses)]
+    rectangles = [*(part.rectangle for part in layout.whole), *(part.rectangle for part in layout.responses)]
     assert [one.start for one in rectangles] == [0, *(one.end for one in rectangles[:-1])]
     assert rectangles[-1].end == len(layout.source_N)
     num_rows = sum(one.rows for one in rectangles)
     assert len(layout.source_N) <= len(positions) / 0.7 + num_rows * (64 + 8)
     assert sum(sum(count for _, count in part.of_prompt) for part in layout.responses) == sum(
-        len(its) for _, its in groups if len(its) > 1
+        sum(count > 0 for count in its) for _, its in groups if len(its) > 1
     )
 
 
@@ -174,8 +175,8 @@ def test_another_response_or_prompt_changes_nothing() -> None:
     with torch.no_grad():
         before = student._hidden(micro)
         ids = micro.input_ids_BT.clone()
-        ids[0, 9 + 3 + 4 + 1 : 9 + 3 + 4 + 1 + 11] = 50  # the second prompt's second response
-        ids[0, -8] = 60  # the third prompt
+        ids[0, 9 + 2 + 4 : 9 + 2 + 4 + 10] = 50  # the second prompt's second response
+        ids[0, -6] = 60  # the third prompt
         after = student._hidden(replace(micro, input_ids_BT=ids))
     changed = (micro.row_N == 2) | (micro.row_N >= 4)
     # A response's first token is predicted from the prompt alone.
@@ -190,6 +191,20 @@ def test_models_that_cannot_share_get_padded_rows(architecture: str) -> None:
     attention = student.module.config._attn_implementation
     assert student.use_layout("auto") == "padded"
     assert student.module.config._attn_implementation == attention
+
+
+def test_windows_are_those_of_the_layers() -> None:
+    def windows(config: transformers.PretrainedConfig) -> object:
+        return attention_windows(SimpleNamespace(module=SimpleNamespace(config=config)))  # type: ignore[arg-type]
+
+    assert windows(transformers.LlamaConfig(num_hidden_layers=2)) == (None, None)
+    layers = ["sliding_attention", "full_attention"]
+    assert windows(transformers.Gemma3TextConfig(num_hidden_layers=2, sliding_window=9, layer_types=layers)) == (
+        9,
+        None,
+    )
+    # Positions of a chunk see no other chunk: no window says that.
+    assert windows(transformers.Llama4TextConfig(num_hidden_layers=2)) is None
 
 
 def test_a_model_that_keeps_the_layout_from_its_attention_gets_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:

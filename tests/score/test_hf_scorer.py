@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_model, tiny_qwen2
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)  # fmt: skip
 
 from opd_cache import models
 from opd_cache.config import ScoreConfig, TeacherConfig
-from opd_cache.errors import ModelError
-from opd_cache.score.scorers import hf
+from opd_cache.errors import ConfigError, ModelError
 from opd_cache.score.scorers.hf import HFScorer
 from opd_cache.score.scores import ScoreRequest, TokenScores
 
@@ -44,7 +51,20 @@ def tiny_gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(config).eval()
 
 
-ARCHITECTURES = {"qwen2": lambda: tiny_qwen2(seed=4), "llama": tiny_llama, "gpt2": tiny_gpt2}
+def tiny_mistral() -> PreTrainedModel:
+    """With a window that is shorter than most sequences."""
+    torch.manual_seed(7)
+    config = MistralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=6, bos_token_id=BOS, eos_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+ARCHITECTURES = {
+    "qwen2": lambda: tiny_qwen2(seed=4), "llama": tiny_llama, "gpt2": tiny_gpt2, "mistral": tiny_mistral,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -87,17 +107,10 @@ def plain_logprobs(model: PreTrainedModel, row: ScoreRequest) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("with_bos", [False, True])
-@pytest.mark.parametrize(
-    ("share_prompts", "tokens_of_a_part"), [("never", 1024), ("always", 1024), ("always", 8), ("auto", 1024)]
-)
+@pytest.mark.parametrize("share_prompts", ["never", "always", "auto"])
 def test_scores_equal_a_plain_log_softmax(
-    teacher: tuple[Path, PreTrainedModel],
-    monkeypatch: pytest.MonkeyPatch,
-    with_bos: bool,
-    share_prompts: str,
-    tokens_of_a_part: int,
+    teacher: tuple[Path, PreTrainedModel], with_bos: bool, share_prompts: str
 ) -> None:
-    monkeypatch.setattr(hf, "TOKENS_OF_A_PART", tokens_of_a_part)
     folder, model = teacher
     rows = requests(with_bos)
     for row, found in zip(
@@ -126,14 +139,6 @@ def test_top_k_holds_the_likeliest_tokens_in_order_and_the_sampled_one_beside_th
         np.testing.assert_allclose(found.topk_logprobs, at_ids.numpy(), atol=1e-5, rtol=0)
         listed = (found.topk_ids == row.response_ids[:, None]).any(-1)
         np.testing.assert_array_equal(listed, found.rank <= 5)
-
-
-def test_responses_are_padded_to_similar_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [10, 100, 11, 0, 90, 70, 12, 81]
-    assert hf._similar_lengths(lengths) == [[1, 4, 7, 5, 6, 2, 0, 3]]  # too few to be worth two passes
-    monkeypatch.setattr(hf, "TOKENS_OF_A_PART", 20)
-    assert hf._similar_lengths(lengths) == [[1, 4, 7], [5], [6, 2, 0], [3]]
-    assert hf._similar_lengths([5]) == [[0]]
 
 
 @pytest.mark.parametrize("rows_of", [(7, 7), (7, 3), (1, 1)], ids=["chunks", "chunks_in_pieces", "rows"])
@@ -172,25 +177,42 @@ def test_a_response_that_fills_the_context_exactly_is_scored(teacher: tuple[Path
         np.testing.assert_allclose(found.logprobs, expected.squeeze(-1).numpy(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("share_prompts", ["never", "always"])
 def test_batches_stay_within_the_token_budget(
-    teacher: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    teacher: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, share_prompts: str
 ) -> None:
     folder, _ = teacher
-    widths: list[int] = []
+    sizes: list[int] = []
     original = models.LanguageModel.hidden
 
     def recording(self: models.LanguageModel, ids: torch.Tensor, mask: torch.Tensor, **options: object) -> torch.Tensor:
-        widths.append(ids.numel())
+        sizes.append(ids.numel())
         return original(self, ids, mask, **options)
 
-    scorer = HFScorer(
-        TeacherConfig(model=str(folder), dtype="float32"), ScoreConfig(share_prompts="never", max_tokens_per_batch=100)
-    )
+    options = ScoreConfig(share_prompts=share_prompts, max_tokens_per_batch=100)
+    scorer = HFScorer(TeacherConfig(model=str(folder), dtype="float32"), options)
     scorer.load()
     monkeypatch.setattr(models.LanguageModel, "hidden", recording)
+    rows = requests(with_bos=False)
+    assert len(list(scorer.score(rows, 0))) == 27
+    assert len(sizes) > 3
+    assert max(sizes) <= 100
+    # The last token of a response predicts nothing; a prompt is computed once in a batch, or once for each response.
+    responses = [row.response_ids[:-1] for row in rows]
+    least = sum(map(len, responses)) + sum(len(rows[first].prompt_ids) for first in range(0, 27, 3))
+    assert sum(sizes) < 1.2 * least if share_prompts == "always" else sum(sizes) > 1.2 * least
+
+
+def test_always_sharing_prompts_is_refused_where_the_attention_cannot(teacher: tuple[Path, PreTrainedModel]) -> None:
+    folder, _ = teacher
+    config = TeacherConfig(model=str(folder), dtype="float32", attn_implementation="eager")
+    with pytest.raises(ConfigError) as error:
+        HFScorer(config, ScoreConfig(share_prompts="always")).load()
+    assert str(error.value) == (
+        f"score.share_prompts = always, but the attention of teacher {str(folder)!r} (eager) cannot share prompts; use auto."
+    )
+    scorer = HFScorer(config, ScoreConfig())
     assert len(list(scorer.score(requests(with_bos=False), 0))) == 27
-    assert len(widths) > 3
-    assert max(widths) <= 100
 
 
 def test_logits_that_are_changed_after_the_head_are_refused() -> None:

@@ -152,9 +152,7 @@ class HFSampler:
         is_shared = distinct_neighbours(prompts)[-1] + 1 < len(prompts) and min(map(len, prompts)) > 1
         if not is_shared or not can_share_prompts(self.model):
             return {}
-        seen = prefill(self.model, [ids[:-1] for ids in prompts])
-        seen.cache.batch_select_indices(seen.numbers)
-        return {"past_key_values": seen.cache}
+        return {"past_key_values": prefill(self.model, [ids[:-1] for ids in prompts])}
 
     @torch.inference_mode()
     def _sample_batch(self, requests: Sequence[SampleRequest], plan: SamplingPlan) -> Iterator[Sample]:

@@ -1,12 +1,10 @@
 """Scoring with a transformers model: ids in, log-probs out.
 
-The body runs on padded batches under a token budget, sorted by length; the LM head runs only at the positions that
-predict a response token, in chunks. Where the samples of a prompt are worth it, the prompt is computed once and its
-keys and values are shared.
+The body runs on batches of similar lengths under a token budget, the LM head only at the positions that predict a
+response token, in chunks. Where its samples are worth it, a prompt is computed once for all of them.
 """
 
-# B sequences of a batch, P prompt positions, R response positions, N response tokens,
-# H hidden size, V vocabulary, K teacher top-k
+# B sequences of a batch, T positions, N response tokens, H hidden size, V vocabulary, K teacher top-k
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -19,14 +17,16 @@ from transformers import __version__ as transformers_version
 from opd_cache.config import ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
 from opd_cache.fingerprint import fingerprint_model, model_folder
-from opd_cache.inference import Prefilled, prefill, use_cpu_attention
-from opd_cache.models import LanguageModel, dtype_name, explained_memory_errors, load_model, padded
+from opd_cache.inference import use_cpu_attention
+from opd_cache.models import LanguageModel, dtype_name, explained_memory_errors, load_model, tensors_on
 from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
+from opd_cache.sequences import Group, grouped, in_a_rectangle, in_one_row
+from opd_cache.shared_attention import hidden_of_shared, use_shared_prompts
+from opd_cache.shared_prompts import shared_prompts
 
 # On a CPU the float32 logits of so many bytes stay in its cache.
 PIECE_BUDGET = 8 << 20
-TOKENS_OF_A_PART = 1024
-SHARING_PAYS = 0.2  # share of all tokens that it must save: two passes and a copy of the cache cost something too
+SHARING_PAYS = 0.1  # share of all tokens that it must save: attention in rectangles costs something, too
 
 
 class HFScorer:
@@ -39,6 +39,7 @@ class HFScorer:
         self.teacher, self.options = teacher, options
         self.dtype = dtype_name(teacher)
         self._model: LanguageModel | None = None
+        self._can_share = False
         self._buffer: Tensor | None = None  # of the head's output, a chunk of rows
 
     def fingerprint(self) -> str:
@@ -51,6 +52,12 @@ class HFScorer:
         if self.options.top_k > model.vocab_size:
             raise ConfigError(
                 f"score.top_k = {self.options.top_k}, but teacher {self.teacher.model!r} has only {model.vocab_size} tokens."
+            )
+        wanted = self.options.share_prompts
+        self._can_share = wanted != "never" and use_shared_prompts(model)
+        if wanted == "always" and not self._can_share:
+            raise ConfigError(
+                f"score.share_prompts = always, but the attention of teacher {self.teacher.model!r} ({model.module.config._attn_implementation}) cannot share prompts; use auto."
             )
         use_cpu_attention(model)
         self._model = model
@@ -82,8 +89,7 @@ class HFScorer:
         share = self._shares_prompts(scorable)
         for batch in _batches(scorable, self.options.max_tokens_per_batch, share):
             with explained_memory_errors("score.max_tokens_per_batch", self.options.max_tokens_per_batch):
-                hidden_NH = self._hidden_shared(batch) if share else self._hidden_plain(batch)
-                columns = self._token_scores(hidden_NH, batch, top_k)
+                columns = self._token_scores(self._hidden(batch, share), batch, top_k)
             yield from _split(columns, batch)
 
     def _chunk_rows(self, model: LanguageModel) -> int:
@@ -91,59 +97,25 @@ class HFScorer:
         return min(_rows_of(LOGITS_BYTES, model.vocab_size), self.options.max_tokens_per_batch)
 
     def _shares_prompts(self, rows: Sequence[ScoreRequest]) -> bool:
-        if self.options.share_prompts != "auto":
-            return self.options.share_prompts == "always"
+        if not self._can_share or self.options.share_prompts == "always":
+            return self._can_share
         saved = sum(len(row.prompt_ids) for before, row in pairwise(rows) if row.group == before.group)
         return saved >= SHARING_PAYS * max(1, sum(row.num_tokens for row in rows))
 
-    def _hidden_plain(self, rows: Sequence[ScoreRequest]) -> Tensor:
-        """[N, H] hidden states that predict the response tokens; prompt and response in one right-padded pass."""
-        ids_BT, mask_BT = padded(
-            [np.concatenate([row.prompt_ids, row.response_ids]) for row in rows], "right", self.model.device
-        )
-        hidden_BTH = self.model.hidden(ids_BT, mask_BT)
-        starts = [len(row.prompt_ids) - 1 for row in rows]
-        return torch.cat(
-            [
-                hidden_BTH[b, start : start + len(row.response_ids)]
-                for b, (start, row) in enumerate(zip(starts, rows, strict=True))
-            ]
-        )
-
-    def _hidden_shared(self, rows: Sequence[ScoreRequest]) -> Tensor:
-        """The same, with each distinct prompt computed once; then responses of similar lengths together, on copies of its
-        keys and values."""
-        prompts = prefill(self.model, [row.prompt_ids for row in rows])
-        hidden_by_row: dict[int, Tensor] = {}
-        for part in _similar_lengths([len(row.response_ids) for row in rows]):
-            for i, hidden_NH in zip(part, self._hidden_of_responses(prompts, rows, part), strict=True):
-                hidden_by_row[i] = hidden_NH
-        return torch.cat([hidden_by_row[i] for i in range(len(rows))])
-
-    def _hidden_of_responses(
-        self, prompts: Prefilled, rows: Sequence[ScoreRequest], part: Sequence[int]
-    ) -> Iterator[Tensor]:
-        """Of the rows numbered in `part`, each [its response tokens, H]."""
+    def _hidden(self, rows: Sequence[ScoreRequest], share: bool) -> Tensor:
+        """[N, H] hidden states that predict the response tokens."""
+        prompts, seen = [row.prompt_ids for row in rows], [row.response_ids[:-1] for row in rows]
         model = self.model
-        part_B = torch.tensor(part, device=model.device)
-        numbers_B = prompts.numbers[part_B]
-        # The last response token predicts nothing that we need.
-        inputs = [rows[i].response_ids[:-1] for i in part]
-        if max(len(ids) for ids in inputs) == 0:
-            yield from prompts.last_GH[numbers_B][:, None]
-            return
-        prompt_mask_BP = prompts.mask_GP[numbers_B]
-        ids_BR, mask_BR = padded(inputs, "right", model.device)
-        positions_BR = prompt_mask_BP.sum(-1)[:, None] + torch.arange(ids_BR.shape[1], device=model.device)[None, :]
-        output = model.body(
-            input_ids=ids_BR,
-            attention_mask=torch.cat([prompt_mask_BP, mask_BR], dim=1),
-            position_ids=positions_BR * mask_BR,  # padding may sit beyond the context; its position must exist
-            past_key_values=prompts.cache_of(part_B),
-            use_cache=True,
-        )
-        for b, ids in enumerate(inputs):
-            yield torch.cat([prompts.last_GH[numbers_B[b]][None], output.last_hidden_state[b, : len(ids)]])
+        if share:
+            groups = grouped(prompts, seen)
+            placed, shared = tensors_on(model.device, (in_one_row(groups), shared_prompts(groups)))
+            hidden_BTH = hidden_of_shared(model, placed.ids_BT, shared, placed.positions_BT)
+        else:
+            groups = [Group(prompt, [ids]) for prompt, ids in zip(prompts, seen, strict=True)]
+            placed = tensors_on(model.device, in_a_rectangle(groups))
+            hidden_BTH = model.hidden(placed.ids_BT, placed.mask_BT)
+        predictors_N = placed.predictors([np.arange(len(row.response_ids)) for row in rows])
+        return hidden_BTH.flatten(0, 1)[predictors_N.to(model.device)]
 
     def _token_scores(self, hidden_NH: Tensor, rows: Sequence[ScoreRequest], top_k: int) -> list[np.ndarray]:
         """Columns of TokenScores, of all rows behind each other."""
@@ -189,42 +161,38 @@ def _score_tokens(
     return chosen_N1.squeeze(-1), rank_N, support_NK.to(torch.int32), listed_NK
 
 
-def _batches(requests: Sequence[ScoreRequest], max_tokens: int, keep_groups: bool) -> Iterator[list[ScoreRequest]]:
-    """Batches of at most `max_tokens` padded tokens, similar lengths together.
+def _batches(requests: Sequence[ScoreRequest], max_tokens: int, share: bool) -> Iterator[list[ScoreRequest]]:
+    """Batches of at most `max_tokens` positions, similar lengths together: padded ones, or with shared prompts.
 
-    With keep_groups, requests of one group stay side by side (a group over the budget is cut).
+    With `share`, requests of one group stay side by side (a group over the budget is cut).
     """
     units: list[list[ScoreRequest]] = []
     for request in requests:
-        if keep_groups and units and units[-1][-1].group == request.group:
+        if share and units and units[-1][-1].group == request.group:
             units[-1].append(request)
         else:
             units.append([request])
     units.sort(key=lambda unit: (max(request.num_tokens for request in unit), unit[0].key))
     batch: list[ScoreRequest] = []
-    width = 0
+    size = 0
     for request in (request for unit in units for request in unit):
-        wider = max(width, request.num_tokens)
-        if batch and wider * (len(batch) + 1) > max_tokens:
+        larger = _size_with(batch, size, request, share)
+        if batch and larger > max_tokens:
             yield batch
-            batch, wider = [], request.num_tokens
+            batch, larger = [], request.num_tokens
         batch.append(request)
-        width = wider
+        size = larger
     if batch:
         yield batch
 
 
-def _similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of rows, longest first, in parts: padding costs at most a fifth of a row, unless a part would be too small
-    for matrices to be worth multiplying."""
-    parts: list[list[int]] = [[]]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        part = parts[-1]
-        longest = lengths[part[0]] if part else 0
-        if lengths[i] < 0.8 * longest and longest * len(part) >= TOKENS_OF_A_PART:
-            parts.append([])
-        parts[-1].append(i)
-    return parts
+def _size_with(batch: Sequence[ScoreRequest], size: int, request: ScoreRequest, share: bool) -> int:
+    """Positions of a batch of `size` with one more request."""
+    if not share:
+        longest = max(request.num_tokens, size // max(1, len(batch)))
+        return longest * (len(batch) + 1)
+    is_known = bool(batch) and batch[-1].group == request.group
+    return size + (len(request.response_ids) if is_known else request.num_tokens)
 
 
 def _split(columns: Sequence[np.ndarray], requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
