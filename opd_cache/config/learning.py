@@ -164,7 +164,7 @@ class LearnConfig:
     )
     packing: str = option(
         "auto",
-        "Sequences behind each other without padding. auto: with sdpa attention, each prompt once before all its responses, which the body then computes once for them (not in models with sliding windows or other memory than keys and values); with flash attention, whole sequences; always: with any attention that keeps them apart; never: whole sequences, padded.",
+        "Sequences behind each other without padding. auto: with sdpa attention, each prompt once before all its responses, which the body then computes once for them (in models that remember keys and values alone); with flash attention, whole sequences; always: with any attention that keeps them apart; never: whole sequences, padded.",
         choices=("auto", "always", "never"),
     )
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", min=0)
