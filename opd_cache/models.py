@@ -36,6 +36,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Share of the largest logit. Both ways run the same kernels; what differs is the rounding of another batch shape.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+# Share of a hidden state's length: rounding adds up over layers, while what is wrong differs by about the length itself.
+HIDDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -98,6 +100,12 @@ def padded(
         ids[row, place] = sequence
         mask[row, place] = 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def hidden_difference(found_TH: Tensor, expected_TH: Tensor) -> float:
+    """How far hidden states lie from others at most, as a share of the length of those."""
+    expected_TH = expected_TH.float()
+    return ((found_TH.float() - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1)).max().item()
 
 
 def tensors_on(device: torch.device, holder: T) -> T:

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from opd_cache.inference import grouped_attention
-from opd_cache.models import PROBE_TOLERANCE, LanguageModel, tensors_on
+from opd_cache.models import HIDDEN_TOLERANCE, LanguageModel, hidden_difference, tensors_on
 from opd_cache.sequences import Group, in_one_row
 from opd_cache.shared_prompts import SharedPrompts, shared_prompts
 
@@ -69,8 +69,7 @@ def _finds_the_same(model: LanguageModel) -> bool:
         found_TH = hidden_of_shared(model, row.ids_BT, shared, row.positions_BT)[0]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # it does not pass on what its attention is to know
-    difference = (found_TH - expected_TH).abs().max().item()
-    return difference <= PROBE_TOLERANCE[expected_TH.dtype] * max(1.0, expected_TH.abs().max().item())
+    return hidden_difference(found_TH, expected_TH) <= HIDDEN_TOLERANCE[expected_TH.dtype]
 
 
 def hidden_of_shared(

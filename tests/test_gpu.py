@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import STOP_IDS, assert_verified, complete, differences, save_model, tiny_qwen2
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd_cache.config import ModelConfig, Recipe, RolloutConfig, ScoreConfig, TeacherConfig
 from opd_cache.errors import ConfigError
@@ -43,6 +44,16 @@ def test_scores_are_those_of_the_cpu(task: Path, dtype: str, tolerance: float) -
     for ours, expected in zip(scores(task, "cuda", dtype), scores(task, "cpu"), strict=True):
         np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=tolerance, rtol=0)
         np.testing.assert_allclose(ours.topk_logprobs, expected.topk_logprobs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deep_teacher_shares_prompts(tmp_path: Path, dtype: str) -> None:
+    # In bfloat16 kernels for other shapes round otherwise, a bit more in every layer.
+    torch.manual_seed(0)
+    shape = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+    deep = Qwen2ForCausalLM(Qwen2Config(vocab_size=258, num_key_value_heads=8, **shape))
+    teacher = TeacherConfig(model=str(save_model(deep, tmp_path / "teacher")), dtype=dtype, device="cuda")
+    HFScorer(teacher, ScoreConfig(share_prompts="always")).load()
 
 
 def test_samples_are_those_of_the_cpu_in_float32(task: Path) -> None:

@@ -13,7 +13,7 @@ from opd_cache.learn.batch import MicroBatch
 from opd_cache.learn.divide import Layout
 from opd_cache.learn.head import Head
 from opd_cache.learn.objective import Objective
-from opd_cache.models import PROBE_TOLERANCE, LanguageModel, autocast_dtype
+from opd_cache.models import HIDDEN_TOLERANCE, LanguageModel, autocast_dtype, hidden_difference
 from opd_cache.shared_attention import hidden_of_shared, use_shared_prompts
 
 
@@ -75,8 +75,7 @@ class Student(nn.Module):
         with torch.no_grad():
             packed = self.model.hidden(torch.cat([one, two])[None], None, position_ids=positions)[0]
             alone = torch.cat([self.model.hidden(part[None], torch.ones_like(part[None]))[0] for part in (one, two)])
-        difference = (packed - alone).float().abs().max().item()
-        if not difference <= PROBE_TOLERANCE[packed.dtype] * max(1.0, alone.float().abs().max().item()):
+        if not hidden_difference(packed, alone) <= HIDDEN_TOLERANCE[packed.dtype]:
             raise ModelError(
                 f"{self.model.source}: with attn_implementation={self.model.module.config._attn_implementation!r} packed sequences see each other. Use learn.packing=never."
             )
