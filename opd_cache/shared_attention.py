@@ -100,15 +100,12 @@ def _attention(
     query_Nhd, key_Nhd, value_Nhd = (_to_places(values, shared_prompts) for values in (query, key, value))
     found = []
     for whole in shared_prompts.whole:
-        part_query, part_key, part_value = (whole.rectangle.of(values) for values in (query_Nhd, key_Nhd, value_Nhd))
-        found.append(attend(module, part_query, part_key, part_value, whole.mask(query, window), **options)[0])
+        queries, keys, values = (whole.rectangle.of(of_all) for of_all in (query_Nhd, key_Nhd, value_Nhd))
+        found.append(attend(module, queries, keys, values, whole.mask(query, window), **options)[0])
     for part in shared_prompts.responses:
-        part_query, part_key, part_value = (
-            part.rectangle.of(query_Nhd),
-            part.with_prompts(key_Nhd),
-            part.with_prompts(value_Nhd),
-        )
-        found.append(attend(module, part_query, part_key, part_value, part.mask(query, window), **options)[0])
+        queries = part.rectangle.of(query_Nhd)
+        keys, values = part.with_prompts(key_Nhd), part.with_prompts(value_Nhd)
+        found.append(attend(module, queries, keys, values, part.mask(query, window), **options)[0])
     together_Nhd = torch.cat([output_BRhd.flatten(0, 1) for output_BRhd in found])
     return _FromPlaces.apply(together_Nhd.flatten(1), shared_prompts).unflatten(1, together_Nhd.shape[1:])[None], None
 

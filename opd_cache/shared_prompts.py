@@ -41,12 +41,34 @@ class Rectangle:
         return values_Nhd[self.start : self.end].unflatten(0, (self.rows, self.width)).transpose(1, 2)
 
 
+class Masks:
+    """Masks as attention adds them, made once for all layers."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.dtype, torch.device, int | None], Tensor] = {}
+
+    def of(self, like: Tensor, window: int | None, sees: Callable[[torch.device], Tensor]) -> Tensor:
+        """In the dtype and on the device of a tensor. sees: what is seen, bool."""
+        key = (like.dtype, like.device, window)
+        if key not in self._made:
+            seen = sees(like.device)
+            zeros = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self._made[key] = zeros.masked_fill_(~seen, -torch.inf)
+        return self._made[key]
+
+
+def _causal(R: int, window: int | None, device: torch.device) -> Tensor:
+    """[R, R], bool: the own position and those before it, as far as a window reaches."""
+    sees_RR = torch.ones((R, R), dtype=torch.bool, device=device).tril()
+    return sees_RR if window is None else sees_RR.triu(1 - window)
+
+
 @dataclass(frozen=True)
 class Whole:
     """Prompts of several responses, or sequences whose prompt has no other."""
 
     rectangle: Rectangle
-    masks: "Masks" = field(default_factory=lambda: Masks())
+    masks: Masks = field(default_factory=Masks)
 
     def mask(self, like: Tensor, window: int | None) -> Tensor | None:
         """None: all positions up to the own one are seen."""
@@ -64,7 +86,7 @@ class Responses:
     prompts: Rectangle
     of_prompt: tuple[tuple[int, int], ...]  # (row of the prompts' rectangle, how many of these responses follow it)
     prompt_lengths: tuple[int, ...]  # of each row
-    masks: "Masks" = field(default_factory=lambda: Masks())
+    masks: Masks = field(default_factory=Masks)
 
     def mask(self, like: Tensor, window: int | None) -> Tensor:
         """[B, 1, R, K], K = P + R: what a position sees of its prompt and of its response."""
@@ -87,29 +109,6 @@ class Responses:
         prompts_GhPd = self.prompts.of(values_Nhd)
         parts = [prompts_GhPd[row : row + 1].expand(count, -1, -1, -1) for row, count in self.of_prompt]
         return torch.cat([torch.cat(parts), self.rectangle.of(values_Nhd)], dim=2)
-
-
-def _causal(R: int, window: int | None, device: torch.device) -> Tensor:
-    """[R, R], bool: the own position and those before it, as far as a window reaches."""
-    sees_RR = torch.ones((R, R), dtype=torch.bool, device=device).tril()
-    return sees_RR if window is None else sees_RR.triu(1 - window)
-
-
-class Masks:
-    """Masks as attention adds them, made once for all layers."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[torch.dtype, torch.device, int | None], Tensor] = {}
-
-    def of(self, like: Tensor, window: int | None, sees: Callable[[torch.device], Tensor]) -> Tensor:
-        """In the dtype and on the device of a tensor. sees: what is seen, bool."""
-        key = (like.dtype, like.device, window)
-        if key not in self._made:
-            seen = sees(like.device)
-            self._made[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                ~seen, -torch.inf
-            )
-        return self._made[key]
 
 
 @dataclass(frozen=True)
