@@ -125,6 +125,35 @@ def test_help_lists_every_verb_and_begins_with_examples(
     assert set(VERBS) <= listed
 
 
+ENDING = """
+import atexit, sys
+from opd_cache import __main__, cli
+
+class Whole:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "put away")
+    print("done")
+    END
+
+whole, cli.main = Whole(), main
+__main__.command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit(None)", 0), ("sys.exit('why')", 1), ("1 / 0", 1)]
+)
+def test_a_command_puts_everything_away_and_ends_without_taking_python_apart(end: str, status: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.replace("END", end)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (status, "done\nput away\n")
+    assert ("ZeroDivisionError" in done.stderr, "why" in done.stderr) == ("1 / 0" in end, "why" in end)
+
+
 LOADED = """
 import sys
 from opd_cache.cli import main
