@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from opd_cache import registry
 from opd_cache.config import ModelConfig, Recipe, TeacherConfig
 from opd_cache.errors import ConfigError, CorruptShardError, MismatchError, MissingInputError, ModelError
@@ -18,6 +16,7 @@ from opd_cache.fingerprint import fingerprint_model, model_folder, num_embedding
 from opd_cache.prompts.intake import prompts_config_of, take_in_prompts
 from opd_cache.run_dir import COMPLETE, REMOVED, SCHEMA_VERSION, RunDir
 from opd_cache.schema import VOCAB, arrow_schema
+from opd_cache.store.arrays import record_batch
 from opd_cache.store.disk import disk_error
 from opd_cache.store.manifest import check_model_files, check_place, read_manifest
 from opd_cache.store.publish import digest_file, make_folder, publish_json, read_json
@@ -266,8 +265,8 @@ def check_same_vocabulary(student: list[str], teacher: ModelConfig, name: str) -
 def _publish_vocab(final: Path, tokenizer: Any, table: list[str]) -> None:
     texts = [tokenizer.convert_tokens_to_string([token]) if token else "" for token in table]
     schema = arrow_schema(VOCAB)
-    arrays = [pa.array(range(len(table)), pa.int32()), pa.array(table, pa.string()), pa.array(texts, pa.string())]
-    publish_table(final, schema, lambda: [pa.RecordBatch.from_arrays(arrays, schema=schema)], {"stage": "vocab"})
+    columns = {"token_id": range(len(table)), "token": table, "text": texts}
+    publish_table(final, schema, lambda: [record_batch(columns, schema)], {"stage": "vocab"})
 
 
 def read_vocabulary(run: RunDir) -> list[str]:

@@ -9,8 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from opd_cache.config import ModelConfig, PromptsConfig
 from opd_cache.errors import ConfigError, CorruptShardError, MismatchError
 from opd_cache.fingerprint import fingerprint_model, model_folder, num_embeddings
@@ -26,6 +24,7 @@ from opd_cache.schema import EVALS, arrow_schema
 from opd_cache.score.scores import Scorer
 from opd_cache.score.stage import score_rollouts
 from opd_cache.status import unfinished_stages
+from opd_cache.store.arrays import record_batch
 from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import (
     RolloutPlan,
@@ -90,7 +89,8 @@ def _evaluate(
         with open_parquet(folder / RESULTS) as file:
             _check_about(run, subject, folder / RESULTS, footer_of(file, folder / RESULTS), about)
     rows = _sampled_and_graded(run, subject, version, model, sampler, scorers)
-    results = pa.RecordBatch.from_pylist(rows, schema=arrow_schema(EVALS))
+    schema = arrow_schema(EVALS)
+    results = record_batch({name: [row.get(name) for row in rows] for name in schema.names}, schema)
     if not has_results:
         publish_table(
             folder / RESULTS, results.schema, lambda: [results], {"stage": "eval", "run_id": run.run_id, **about}

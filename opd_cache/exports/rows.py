@@ -14,9 +14,9 @@ from opd_cache.replay import parse_episodes
 from opd_cache.run_dir import SEAL, RolloutSet, RunDir
 from opd_cache.schema import EXPORTED, arrow_schema
 from opd_cache.status import asked_teachers, read_identity
+from opd_cache.store.arrays import record_batch
 from opd_cache.store.join import join_teachers, read_rollouts
 from opd_cache.store.plans import RolloutPlan, load_rollout_plan, rollout_shards, score_parts
-from opd_cache.store.rows import record_batch
 from opd_cache.store.shards import ShardSet, read_row_groups
 from opd_cache.types import Rollout, Score
 

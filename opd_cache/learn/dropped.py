@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from opd_cache.learn.teachers import Teaching
 from opd_cache.prompts.intake import read_prompt_table
+from opd_cache.store.arrays import array_of
 from opd_cache.store.join import Joined
 from opd_cache.store.rows import ROWS_PER_GROUP, rollout_batch, score_batch, scores_schema
 from opd_cache.store.shards import ShardSet, open_parquet, read_row_groups
@@ -59,5 +60,5 @@ def marked_rows(
 
 def _score_table(scores: Sequence[tuple[int, Score]], names: Sequence[str]) -> pa.Table:
     batch = score_batch([score for _, score in scores], scores_schema(top_k=1))
-    teachers = pa.array([names[place] for place, _ in scores], pa.string())
+    teachers = array_of([names[place] for place, _ in scores], pa.string())
     return pa.Table.from_batches([batch]).append_column(SCORES.field("teacher"), teachers)

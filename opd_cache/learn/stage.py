@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from opd_cache import registry
 from opd_cache.errors import FirstRankFailedError, StoreError, TryAgainError
 from opd_cache.learn.batch import global_batches, micro_batches, scored_tokens
@@ -41,6 +39,7 @@ from opd_cache.schema import STEPS as STEP_COLUMNS
 from opd_cache.schema import arrow_schema
 from opd_cache.stall import note_progress, phase
 from opd_cache.stop import StopRequest, noted_signals
+from opd_cache.store.arrays import record_batch
 from opd_cache.store.disk import new_file, write_whole
 from opd_cache.store.join import Joined
 from opd_cache.store.manifest import check_files
@@ -285,7 +284,7 @@ def _write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
         write_table(
             file,
             schema,
-            [pa.RecordBatch.from_pylist(rows, schema=schema)],
+            [record_batch({name: [row.get(name) for row in rows] for name in schema.names}, schema)],
             {"schema_version": SCHEMA_VERSION, "stage": "learn"},
         )
 

@@ -28,6 +28,7 @@ from opd_cache.prompts.encode import (
 )
 from opd_cache.prompts.sources import read_records
 from opd_cache.schema import PROMPTS, arrow_schema
+from opd_cache.store.arrays import array_of, record_batch
 from opd_cache.store.rows import numbers, split_lists
 from opd_cache.store.shards import footer_of, open_parquet, publish_table, read_row_group
 from opd_cache.types import Int32Array, Prompt
@@ -200,7 +201,7 @@ def _tokenized(
 
 
 def _batch(group: list[tuple[int, tuple[_Candidate, list[int]]]], schema: pa.Schema) -> pa.RecordBatch:
-    columns = {
+    columns: dict[str, Iterable] = {
         "prompt_index": [index for index, _ in group],
         "prompt_id": [candidate.prompt_id for _, (candidate, _) in group],
         "text": [candidate.text for _, (candidate, _) in group],
@@ -209,7 +210,7 @@ def _batch(group: list[tuple[int, tuple[_Candidate, list[int]]]], schema: pa.Sch
         "answer": [candidate.answer for _, (candidate, _) in group],
         "fields": [candidate.fields for _, (candidate, _) in group],
     }
-    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    return record_batch(columns, schema)
 
 
 def prompts_config_of(path: Path) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def read_fields(path: Path, indices: Iterable[int]) -> dict[int, tuple[str, dict
 
 def read_prompt_table(path: Path, indices: Iterable[int]) -> pa.Table:
     """The asked-for rows with all their columns, one row group in memory at a time."""
-    wanted = pa.array(sorted(set(indices)), pa.int32())
+    wanted = array_of(sorted(set(indices)), pa.int32())
     with open_parquet(path) as file:
         tables = [file.schema_arrow.empty_table()]
         for group in sorted({index // ROWS_PER_GROUP for index in wanted.to_pylist()}):

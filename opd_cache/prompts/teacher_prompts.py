@@ -13,6 +13,7 @@ from opd_cache.errors import MismatchError, PromptError
 from opd_cache.prompts.encode import Encoder, Fault, Messages, fill_template, user_turn
 from opd_cache.prompts.intake import prompts_config_of, require_fields
 from opd_cache.schema import TEACHER_PROMPTS, arrow_schema
+from opd_cache.store.arrays import record_batch
 from opd_cache.store.shards import footer_of, open_parquet, publish_table, read_row_groups
 
 COLUMNS = ["prompt_index", "prompt_id", "text", "answer", "fields"]
@@ -49,7 +50,7 @@ def publish_teacher_prompts(
                 "num_prompt_tokens": [len(one) for one in ids],
                 "prompt_ids": ids,
             }
-            yield pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+            yield record_batch(columns, schema)
 
     publish_table(final, schema, batches, _footer(name, config, digest))
 

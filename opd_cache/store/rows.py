@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from opd_cache import schema
 from opd_cache.errors import CorruptShardError
+from opd_cache.store.arrays import record_batch
 from opd_cache.types import Rollout, Score
 
 # Pages of some hundred thousand values compress a tenth better than those of a fourth, and are read in half the time.
@@ -85,26 +86,6 @@ def _flat(values_RK: npt.NDArray | None) -> npt.NDArray | None:
     return None if values_RK is None else values_RK.reshape(-1)
 
 
-def record_batch(columns: dict[str, Iterable], table_schema: pa.Schema) -> pa.RecordBatch:
-    """Values by column, of list columns one array a row, in the order and the types of a schema."""
-    arrays = [
-        _list_array(list(columns[field.name]), field.type)
-        if pa.types.is_list(field.type)
-        else pa.array(columns[field.name], field.type)
-        for field in table_schema
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=table_schema)
-
-
-def _list_array(values: list[npt.NDArray], list_type: pa.DataType) -> pa.ListArray:
-    lengths = [len(v) for v in values]
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    dtype = list_type.value_type.to_pandas_dtype()
-    flat = np.concatenate(values) if values else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(dtype, copy=False)), type=list_type)
-
-
 @dataclass(frozen=True, slots=True)
 class Lists:
     """A list column of one row group."""
@@ -158,13 +139,6 @@ def _numpy(values: pa.Array) -> npt.NDArray:
     if values.null_count:
         raise CorruptShardError(f"{values.null_count} of {len(values)} numbers are null")
     return np.from_dlpack(values)
-
-
-def ascii_array(texts: list[str]) -> pa.Array:
-    """Texts of plain letters as a column of strings; pa.array imports pandas, too."""
-    offsets = np.zeros(len(texts) + 1, np.int32)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer("".join(texts).encode("ascii")))
 
 
 def _chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -12,11 +12,12 @@ import pyarrow as pa
 import xxhash
 
 from opd_cache.errors import AlignmentError, CorruptShardError
+from opd_cache.store.arrays import array_of
 from opd_cache.store.columns import fits, is_even, row_groups
 from opd_cache.store.join import num_scored
 from opd_cache.store.plans import RolloutPlan
 from opd_cache.store.publish import digest_bytes, digest_file
-from opd_cache.store.rows import STUDENT_TOPK, Lists, RowGroup, ascii_array, numbers
+from opd_cache.store.rows import STUDENT_TOPK, Lists, RowGroup, numbers
 from opd_cache.store.shards import ShardSet
 from opd_cache.types import hash_ids
 
@@ -100,7 +101,9 @@ def _planned_ids(facts: Facts, shard: int) -> pa.Array:
     firsts = facts.first_samples[shard * size : (shard + 1) * size]
     heads = (f"{plan.scope}/{prompt}/" for prompt in plan.shard_prompts(shard))
     samples = {first: [str(first + sample) for sample in range(plan.n_samples_per_prompt)] for first in {*firsts}}
-    return ascii_array([head + sample for head, first in zip(heads, firsts, strict=True) for sample in samples[first]])
+    return array_of(
+        [head + sample for head, first in zip(heads, firsts, strict=True) for sample in samples[first]], pa.string()
+    )
 
 
 def _rollouts_fault(group: RowGroup, facts: Facts, expected: pa.Array) -> str | None:
