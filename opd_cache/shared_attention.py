@@ -97,14 +97,16 @@ def _attention(
     if shared_prompts is None:
         return attend(module, query, key, value, attention_mask, **options)
     window = attention_windows[module.layer_idx] if any(attention_windows) else None
-    query_Nhd, key_Nhd, value_Nhd = (_to_places(values, shared_prompts) for values in (query, key, value))
+    of_query, of_key, of_value = (
+        shared_prompts.parts(_to_places(all_, shared_prompts)) for all_ in (query, key, value)
+    )
     found = []
     for whole in shared_prompts.whole:
-        queries, keys, values = (whole.rectangle.of(of_all) for of_all in (query_Nhd, key_Nhd, value_Nhd))
+        queries, keys, values = (whole.rectangle.of(parts) for parts in (of_query, of_key, of_value))
         found.append(attend(module, queries, keys, values, whole.mask(query, window), **options)[0])
     for part in shared_prompts.responses:
-        queries = part.rectangle.of(query_Nhd)
-        keys, values = part.with_prompts(key_Nhd), part.with_prompts(value_Nhd)
+        queries = part.rectangle.of(of_query)
+        keys, values = part.with_prompts(of_key), part.with_prompts(of_value)
         found.append(attend(module, queries, keys, values, part.mask(query, window), **options)[0])
     together_Nhd = torch.cat([output_BRhd.flatten(0, 1) for output_BRhd in found])
     return _FromPlaces.apply(together_Nhd.flatten(1), shared_prompts).unflatten(1, together_Nhd.shape[1:])[None], None

@@ -28,17 +28,13 @@ ALIGNED = 8  # tokens: GPU kernels copy masks of other widths
 class Rectangle:
     """Rows of similar lengths among the places of a layout."""
 
-    start: int
+    number: int
     rows: int
     width: int
 
-    @property
-    def end(self) -> int:
-        return self.start + self.rows * self.width
-
-    def of(self, values_Nhd: Tensor) -> Tensor:
-        """Its part, [B, h, R, d]."""
-        return values_Nhd[self.start : self.end].unflatten(0, (self.rows, self.width)).transpose(1, 2)
+    def of(self, parts: Sequence[Tensor]) -> Tensor:
+        """Its own, [B, h, R, d], of what lies in all rectangles, each [B * R, h, d]."""
+        return parts[self.number].unflatten(0, (self.rows, self.width)).transpose(1, 2)
 
 
 class Masks:
@@ -104,11 +100,11 @@ class Responses:
         sees_response_BRR = _causal(R, window, device).expand(len(own_B11), -1, -1)
         return torch.cat([sees_prompt_BRP, sees_response_BRR], dim=2)[:, None]
 
-    def with_prompts(self, values_Nhd: Tensor) -> Tensor:
+    def with_prompts(self, parts: Sequence[Tensor]) -> Tensor:
         """[B, h, K, d]. A prompt's are expanded, not indexed, so that their gradient is a sum in one order on every device."""
-        prompts_GhPd = self.prompts.of(values_Nhd)
-        parts = [prompts_GhPd[row : row + 1].expand(count, -1, -1, -1) for row, count in self.of_prompt]
-        return torch.cat([torch.cat(parts), self.rectangle.of(values_Nhd)], dim=2)
+        prompts = self.prompts.of(parts).split(1)
+        expanded = [prompts[row].expand(count, -1, -1, -1) for row, count in self.of_prompt]
+        return torch.cat([torch.cat(expanded), self.rectangle.of(parts)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,11 @@ class SharedPrompts:
     place_T: Tensor  # where each position lies in N
     whole: tuple[Whole, ...]
     responses: tuple[Responses, ...]
+
+    def parts(self, values_Nhd: Tensor) -> tuple[Tensor, ...]:
+        """What lies in each rectangle, [B * R, h, d]."""
+        own = [part.rectangle for part in (*self.whole, *self.responses)]
+        return tuple(values_Nhd.split([rectangle.rows * rectangle.width for rectangle in own]))
 
 
 class _Segment(NamedTuple):
@@ -183,20 +184,20 @@ class _Places:
 
     def __init__(self, num_positions: int) -> None:
         self.place_T = np.empty(num_positions, np.int64)
-        self.sources: list[np.ndarray] = []
+        self.sources: list[np.ndarray] = []  # of each rectangle
         self.end = 0
 
     def rectangle(self, segments: Sequence[_Segment]) -> Rectangle:
         longest = max(segment.length for segment in segments)
         width = longest if longest <= FEW_TOKENS else -(-longest // ALIGNED) * ALIGNED
-        found = Rectangle(self.end, len(segments), width)
+        found = Rectangle(len(self.sources), len(segments), width)
         source_BR = np.zeros((found.rows, width), np.int64)
         for row, (length, start, _) in enumerate(segments):
             positions = np.arange(start, start + length)
             source_BR[row, :length] = positions
             self.place_T[positions] = self.end + row * width + np.arange(length)
         self.sources.append(source_BR.ravel())
-        self.end = found.end
+        self.end += source_BR.size
         return found
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,8 +148,9 @@ def test_every_position_has_one_place_and_rectangles_little_else(groups: list[tu
     assert torch.equal(layout.source_N[layout.place_T], positions)
     assert int((~layout.is_filler_N1).sum()) == len(positions)
     rectangles = [*(part.rectangle for part in layout.whole), *(part.rectangle for part in layout.responses)]
-    assert [one.start for one in rectangles] == [0, *(one.end for one in rectangles[:-1])]
-    assert rectangles[-1].end == len(layout.source_N)
+    assert [one.number for one in rectangles] == list(range(len(rectangles)))
+    assert sum(one.rows * one.width for one in rectangles) == len(layout.source_N)
+    assert all(part.prompts in rectangles[: len(layout.whole)] for part in layout.responses)
     num_rows = sum(one.rows for one in rectangles)
     assert len(layout.source_N) <= len(positions) / 0.7 + num_rows * (64 + 8)
     assert sum(sum(count for _, count in part.of_prompt) for part in layout.responses) == sum(
