@@ -119,7 +119,7 @@ class SharedPrompts:
 
     def parts(self, values_Nhd: Tensor) -> tuple[Tensor, ...]:
         """What lies in each rectangle, [B * R, h, d]."""
-        own = [part.rectangle for part in (*self.whole, *self.responses)]
+        own = [part.rectangle for part in self.whole] + [part.rectangle for part in self.responses]
         return tuple(values_Nhd.split([rectangle.rows * rectangle.width for rectangle in own]))
 
 
