@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def stopping_signals() -> Iterator[None]:
         raise StoppedError(TryAgainError.exit_status)
 
     try:
-        with _handled(stop):
+        with _handled(stop), _quiet_destructors():
             yield
     except StoppedError:
         is_told.set()
@@ -81,6 +82,22 @@ def noted_signals(processes: Sequence[Popen] = ()) -> Iterator[StopRequest]:
         yield request
     if request.signal_name is not None and callable(signal.getsignal(signal.Signals[request.signal_name])):
         signal.raise_signal(signal.Signals[request.signal_name])
+
+
+@contextlib.contextmanager
+def _quiet_destructors() -> Iterator[None]:
+    """Python prints what is raised in a __del__ and goes on: a stop that came there is carried out after GRACE_S."""
+    former = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, StoppedError):
+            former(unraisable)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = former
 
 
 @contextlib.contextmanager

@@ -71,6 +71,19 @@ class Swallowing(Stuck):
                 time.sleep(LONG_S)
 
 
+class InADestructor(Stuck):
+    """Where Python prints what is raised, and goes on."""
+
+    def get_stuck(self) -> None:
+        while True:
+            SlowToGo()
+
+
+class SlowToGo:
+    def __del__(self) -> None:
+        time.sleep(LONG_S)
+
+
 def _stuck_loss(tokens: TokenLogprobs, options: LossConfig) -> TokenLoss:
     say_that_it_begins()
     time.sleep(LONG_S)

@@ -51,10 +51,11 @@ def test_a_signal_ends_the_loading_of_a_model(start: Callable[..., Command]) -> 
     command.stops(signal.SIGUSR1)
 
 
+@pytest.mark.parametrize("sampler", ["Swallowing", "InADestructor"])
 def test_a_signal_that_is_swallowed_ends_the_process_all_the_same(
-    start: Callable[..., Command], tmp_path: Path
+    start: Callable[..., Command], tmp_path: Path, sampler: str
 ) -> None:
-    command = start("rollout", "rollout.sampler=stuck:Swallowing", "--episode", "0")
+    command = start("rollout", f"rollout.sampler=stuck:{sampler}", "--episode", "0")
     command.wait_for(command.begun.exists)
     command.stops(signal.SIGTERM)
     assert len(list(tmp_path.glob("run/episode=0/rollouts/*"))) == 1
