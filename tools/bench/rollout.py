@@ -121,7 +121,9 @@ def _timed(work: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-# What no stage can avoid, in a process that imports nothing of this project.
+# What no stage can avoid, in a process that imports nothing of this project. It ends at once, as a stage's does: Python
+# takes more than a second to take torch and transformers apart.
+AT_ONCE = "; import os; os._exit(0)"
 LOADERS = {
     "hf": "import torch, transformers; torch.set_num_threads({threads}); transformers.AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.{dtype}).to({device!r})",
     "vllm": "import vllm; vllm.LLM({folder!r}, dtype='float32', skip_tokenizer_init=True, generation_config='vllm', **{settings})",
@@ -149,7 +151,7 @@ def fixed_costs(options: argparse.Namespace) -> dict[str, Any]:
                     device=options.device,
                     dtype=options.dtype,
                 )
-                seconds[engine].append(_command_seconds([sys.executable, "-c", loader], quiet))
+                seconds[engine].append(_command_seconds([sys.executable, "-c", loader + AT_ONCE], quiet))
     seconds = {
         name: pairs[1:] for name, pairs in seconds.items()
     }  # the first fills caches of files and of compiled code
