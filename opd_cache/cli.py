@@ -87,7 +87,7 @@ def main() -> None:
         click.echo("stopped; the same command goes on from what is published.", err=True)
         sys.exit(130)
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or it was closed from the start
             sys.stdout.flush()
 
 

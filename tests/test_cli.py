@@ -154,6 +154,12 @@ def test_a_command_puts_everything_away_and_ends_without_taking_python_apart(end
     assert ("ZeroDivisionError" in done.stderr, "why" in done.stderr) == ("1 / 0" in end, "why" in end)
 
 
+def test_a_closed_standard_output_is_no_fault() -> None:
+    command = f"{sys.executable} -m opd_cache config --keys >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 LOADED = """
 import sys
 from opd_cache.cli import main

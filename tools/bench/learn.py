@@ -112,14 +112,16 @@ def plain_steps(folder: Path, options: argparse.Namespace) -> list[tuple[float, 
         start, total = time.perf_counter(), 0.0
         for micro in micro_batches(rows, [0.0] * len(rows), options.micro_batch):
             batch = tensors_on(device, micro)
-            ids, predictor, width = batch.input_ids_BT, batch.predictor_N, batch.input_ids_BT.shape[1]
+            ids, predictor_N = batch.input_ids_BT, batch.predictor_N
+            next_BT = torch.zeros_like(ids)
+            next_BT.flatten()[predictor_N] = batch.target_ids_N
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 logits_BTV = model(
                     input_ids=ids, attention_mask=batch.attention_mask_BT, use_cache=False
                 ).logits.float()
-            logprobs_BT = logits_BTV[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            logprobs_BT1 = logits_BTV.log_softmax(-1).gather(-1, next_BT[:, :, None])
             del logits_BTV
-            student_N = logprobs_BT[predictor // width, predictor % width]
+            student_N = logprobs_BT1.flatten()[predictor_N]
             advantage_N = batch.teacher_logprobs_N - student_N.detach()
             loss = -((student_N - batch.sampling_logprobs_N).exp() * advantage_N).sum() / num_tokens
             loss.backward()
