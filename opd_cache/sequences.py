@@ -43,11 +43,11 @@ class Placed:
         return torch.from_numpy(np.concatenate(found))
 
 
-def grouped(prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[Group]:
-    """Neighbours with the same prompt together."""
+def grouped(prompts: Sequence[Ids], responses: Sequence[Ids], share: bool) -> list[Group]:
+    """Neighbours with the same prompt together, where they are to share it; else a group for each response."""
     groups: list[Group] = []
     for prompt, response in zip(prompts, responses, strict=True):
-        if not groups or not np.array_equal(groups[-1].prompt, prompt):
+        if not share or not groups or not np.array_equal(groups[-1].prompt, prompt):
             groups.append(Group(prompt, []))
         groups[-1].responses.append(response)
     return groups

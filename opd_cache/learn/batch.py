@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_cache.inference import distinct_neighbours
 from opd_cache.learn.divide import Layout, RowSize, divide_worthwhile
-from opd_cache.sequences import Group, grouped, in_a_rectangle, in_one_row
+from opd_cache.sequences import grouped, in_a_rectangle, in_one_row
 from opd_cache.shared_prompts import SharedPrompts, shared_prompts
 from opd_cache.store.join import Joined
 from opd_cache.types import Rollout, Score
@@ -124,10 +124,7 @@ def _micro_batch(rows: Sequence[Joined], rewards: Sequence[float], layout: Layou
     kept = [loss_places(rollout) for rollout, _ in rows]
     num_kept = torch.tensor([len(places) for places in kept])
     prompts, seen = [rollout.prompt_ids for rollout, _ in rows], [seen_ids(rollout) for rollout, _ in rows]
-    if layout == "shared":
-        groups = grouped(prompts, seen)
-    else:
-        groups = [Group(prompt, [ids]) for prompt, ids in zip(prompts, seen, strict=True)]
+    groups = grouped(prompts, seen, share=layout == "shared")
     placed = in_a_rectangle(groups) if layout == "padded" else in_one_row(groups)
     by_row = [(rollout, score, places) for (rollout, score), places in zip(rows, kept, strict=True)]
     return MicroBatch(

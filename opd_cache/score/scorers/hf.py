@@ -20,7 +20,7 @@ from opd_cache.fingerprint import fingerprint_model, model_folder
 from opd_cache.inference import use_cpu_attention
 from opd_cache.models import LanguageModel, dtype_name, explained_memory_errors, load_model, tensors_on
 from opd_cache.score.scores import LOGITS_BYTES, ScoreRequest, TokenScores, beyond_vocabulary, no_scores
-from opd_cache.sequences import Group, grouped, in_a_rectangle, in_one_row
+from opd_cache.sequences import grouped, in_a_rectangle, in_one_row
 from opd_cache.shared_attention import hidden_of_shared, use_shared_prompts
 from opd_cache.shared_prompts import shared_prompts
 
@@ -105,13 +105,11 @@ class HFScorer:
     def _hidden(self, rows: Sequence[ScoreRequest], share: bool) -> Tensor:
         """[N, H] hidden states that predict the response tokens."""
         prompts, seen = [row.prompt_ids for row in rows], [row.response_ids[:-1] for row in rows]
-        model = self.model
+        groups, model = grouped(prompts, seen, share), self.model
         if share:
-            groups = grouped(prompts, seen)
             placed, shared = tensors_on(model.device, (in_one_row(groups), shared_prompts(groups)))
             hidden_BTH = hidden_of_shared(model, placed.ids_BT, shared, placed.positions_BT)
         else:
-            groups = [Group(prompt, [ids]) for prompt, ids in zip(prompts, seen, strict=True)]
             placed = tensors_on(model.device, in_a_rectangle(groups))
             hidden_BTH = model.hidden(placed.ids_BT, placed.mask_BT)
         predictors_N = placed.predictors([np.arange(len(row.response_ids)) for row in rows])
