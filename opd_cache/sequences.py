@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_cache.inference import distinct_neighbours
 from opd_cache.models import padded
 
 Ids = npt.NDArray[np.integer]
@@ -46,8 +47,9 @@ class Placed:
 def grouped(prompts: Sequence[Ids], responses: Sequence[Ids], share: bool) -> list[Group]:
     """Neighbours with the same prompt together, where they are to share it; else a group for each response."""
     groups: list[Group] = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        if not share or not groups or not np.array_equal(groups[-1].prompt, prompt):
+    numbers = distinct_neighbours(prompts) if share else range(len(prompts))
+    for number, prompt, response in zip(numbers, prompts, responses, strict=True):
+        if number == len(groups):
             groups.append(Group(prompt, []))
         groups[-1].responses.append(response)
     return groups

@@ -21,11 +21,10 @@ def array_of(values: Iterable, type_: pa.DataType) -> pa.Array:
 
 
 def lists_of(values: Sequence[Sequence], type_: pa.ListType) -> pa.ListArray:
-    """A column of lists of numbers, one sequence a row."""
+    """A column of lists of numbers, one sequence a row. Raises what array_of does."""
     offsets = _offsets([len(row) for row in values])
-    flat = np.concatenate(values) if values else np.zeros(0)
-    dtype = type_.value_type.to_pandas_dtype()
-    inner = array_of(flat.astype(dtype, copy=False), type_.value_type)
+    filled = [row for row in values if len(row)]  # an empty list would make floats of all
+    inner = array_of(np.concatenate(filled) if filled else np.zeros(0), type_.value_type)
     return pa.ListArray.from_arrays(array_of(offsets, pa.int32()), inner, type=type_)
 
 

@@ -57,6 +57,11 @@ def test_what_does_not_fit_is_refused(values: object, type_: pa.DataType, error:
         array_of(values, type_)  # type: ignore[arg-type]
 
 
+def test_a_list_with_a_number_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(OverflowError):
+        lists_of([[1], [], [2**31]], pa.list_(pa.int32()))
+
+
 def test_hashes_keep_their_64_bits() -> None:
     hashes = np.array([2**64 - 1, 0, 2**63], np.uint64)
     batch = record_batch({"a": hashes, "b": [1, None, 2]}, pa.schema([("b", pa.int64()), ("a", pa.uint64())]))
