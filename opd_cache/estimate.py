@@ -146,7 +146,7 @@ def micro_batch_tokens(learn: LearnConfig, student: ModelSize | None, ranks: int
         return learn.max_tokens_per_micro_batch
     if student is None:
         return LEAST_TOKENS
-    budget = max(_training_bytes(learn, student) // ranks // 4, gpu_bytes // 8, LEAST_ACTIVATIONS)
+    budget = max(_training_bytes(learn, student) // ranks // 3, gpu_bytes // 8, LEAST_ACTIVATIONS)
     tokens = budget // _activation_bytes(learn, student)
     return max(LEAST_TOKENS, min(MOST_TOKENS, tokens))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from opd_cache.config import ModelConfig
 from opd_cache.errors import ConfigError, ModelError
 from opd_cache.fingerprint import model_folder
+from opd_cache.garbage import keep_what_is_there, no_garbage_collection
 from opd_cache.store.disk import disk_error
 from opd_cache.tensor_files import open_again, read_tensors, tensor_shapes
 
@@ -228,8 +229,10 @@ def load_model(config: ModelConfig, role: str) -> LanguageModel:
 
     role: "student" or "teacher", for the message.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
+    with no_garbage_collection():
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+    keep_what_is_there()
 
     transformers_logging.disable_progress_bar()  # our own progress says what is being done
     folder = model_folder(config)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from opd_cache.estimate import keeps_models
+from opd_cache.garbage import no_garbage_collection
 from opd_cache.health.stage import check_stage
 from opd_cache.retention import remove_policies
 from opd_cache.run import Run
@@ -45,8 +46,9 @@ class InlineStages:
     """
 
     def __init__(self, run: Run, ranks: Any = None) -> None:
-        from opd_cache.learn.ranks import ALONE
-        from opd_cache.models import set_torch_threads
+        with no_garbage_collection():
+            from opd_cache.learn.ranks import ALONE
+            from opd_cache.models import set_torch_threads
 
         set_torch_threads(run.recipe.torch_threads)
         self.run = run
@@ -107,7 +109,8 @@ class InlineStages:
         give_back_memory()
 
     def rollout(self, episode: int, **share: Any) -> bool:
-        from opd_cache.rollout.stage import rollout_episode
+        with no_garbage_collection():
+            from opd_cache.rollout.stage import rollout_episode
 
         self.make_room("sampler")
         if (version := self.run.recipe.sampling_version(episode)) > 0:
@@ -115,7 +118,8 @@ class InlineStages:
         return self._checked(rollout_episode(self.run, episode, self.sampler, **share), "rollout", episode)
 
     def score(self, episode: int, **share: Any) -> bool:
-        from opd_cache.score.stage import score_episode
+        with no_garbage_collection():
+            from opd_cache.score.stage import score_episode
 
         self.make_room("scorers")
         self._check("rollout", episode)
@@ -129,7 +133,8 @@ class InlineStages:
         return all(sealed)
 
     def learn(self, episode: int) -> bool:
-        from opd_cache.learn.stage import learn_episode
+        with no_garbage_collection():
+            from opd_cache.learn.stage import learn_episode
 
         self.make_room("engine")
         for name in self.run.recipe.learning_teachers():
@@ -156,8 +161,9 @@ class InlineStages:
             remove_policies(self.run.dir, self.run.recipe)
 
     def eval(self, version: int) -> None:
-        from opd_cache.evals.stage import check_evaluated, evaluate_policy, evaluate_teacher
-        from opd_cache.rollout.stage import new_sampler
+        with no_garbage_collection():
+            from opd_cache.evals.stage import check_evaluated, evaluate_policy, evaluate_teacher
+            from opd_cache.rollout.stage import new_sampler
 
         if self.run.is_removed(version):
             check_evaluated(self.run, version)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from opd_cache.errors import ConfigError
+from opd_cache.garbage import no_garbage_collection
 
 SAMPLERS = {
     "hf": "opd_cache.rollout.samplers.hf:HFSampler",
@@ -55,6 +56,7 @@ def load(table: dict[str, str], name: str, key: str) -> Any:
     if name not in table and "" not in sys.path:
         sys.path.insert(0, "")  # modules in the working directory, as `python -m` finds them
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        with no_garbage_collection():
+            return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key} = {name!r} cannot be loaded: {error}.") from error

@@ -13,6 +13,8 @@ from opd_cache.store.disk import unlike_written
 
 T = TypeVar("T")
 FORMAT = {"format": "pt"}  # in the header of a model's weights
+COMPARED_BYTES = 256 << 20
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def open_tensors(path: Path) -> Any:
@@ -61,11 +63,11 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """The names in a file, after the tensors of these names were compared bit by bit. Raises DiskError."""
     try:
         with open_tensors(path) as file:
-            names = set(file.keys())
-            known = sorted(names & tensors.keys())  # one at a time in memory
-            is_same = file.metadata() == metadata and all(
-                _is_same(file.get_tensor(name), tensors[name]) for name in known
-            )
+            names, found_metadata = set(file.keys()), file.metadata()
+        is_same = found_metadata == metadata and all(
+            _are_same(path, {name: tensors[name] for name in names})
+            for names in _batches(sorted(names & tensors.keys()), tensors)
+        )
     except SafetensorError as error:
         raise unlike_written(path) from error
     if not is_same:
@@ -73,12 +75,33 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     return names
 
 
+def _batches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of COMPARED_BYTES of tensors, or a little more."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        batch.append(name)
+        size += tensors[name].nbytes
+        if size >= COMPARED_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _are_same(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    # What was read of a file stays mapped, and counts as memory, as long as it is open.
+    with open_tensors(path) as file:
+        return all(_is_same(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
 def _is_same(found: Tensor, wanted: Tensor) -> bool:
     """Shape, type and every bit."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
-    return torch.equal(_bytes(found), _bytes(wanted.detach().to(found.device)))
+    return torch.equal(_bits(found), _bits(wanted.detach().to(found.device)))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers of the tensor's own width, where there are some."""
+    return tensor.contiguous().reshape(-1).view(INTEGERS.get(tensor.itemsize, torch.uint8))

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from opd_cache.garbage import no_garbage_collection
+
 EPILOG_RECIPE = "RECIPE: YAML files and packaged names, merged left to right, then key=value."
 
 
@@ -52,7 +54,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel warns of what we ask it for
     if importlib.util.find_spec("deepspeed"):
-        import torch
+        with no_garbage_collection():
+            import torch
 
         # transformers imports DeepSpeed wherever it is installed; where it has to guess, it says so on standard output.
         if not torch.accelerator.is_available():

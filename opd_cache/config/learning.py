@@ -159,7 +159,7 @@ class LearnConfig:
     )
     max_tokens_per_micro_batch: Optional[int] = option(
         None,
-        "Tokens in one forward and backward, padding included. Bounds memory; changes nothing else. null: 1024 to 8192, so that what they leave for the backward takes at most a quarter of what weights, gradients and optimizer take on a rank, an eighth of a GPU, or half a GB.",
+        "Tokens in one forward and backward, padding included. Bounds memory; changes nothing else. null: 1024 to 8192, so that what they leave for the backward takes at most a third of what weights, gradients and optimizer take on a rank, an eighth of a GPU, or half a GB.",
         min=1,
     )
     packing: str = option(

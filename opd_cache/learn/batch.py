@@ -63,8 +63,12 @@ def rows_to_learn(batch: Sequence[Joined], mask_truncated: bool) -> list[Joined]
 
 def scored_tokens(rollout: Rollout, score: Score) -> Rollout:
     """The rollout up to the last token with a score: what comes behind has no loss, and changes nothing before it."""
-    count = len(score.teacher_logprobs)
-    if count == len(rollout.response_ids):
+    return first_tokens(rollout, len(score.teacher_logprobs))
+
+
+def first_tokens(rollout: Rollout, count: int) -> Rollout:
+    """The rollout with so many tokens of its response, or all."""
+    if count >= len(rollout.response_ids):
         return rollout
     per_token = {name: getattr(rollout, name) for name in ("sampling_logprobs", "raw_logprobs", "loss_mask")}
     cut = {name: values[:count] for name, values in per_token.items() if values is not None}

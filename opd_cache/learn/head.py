@@ -135,8 +135,7 @@ class _HeadLoss(torch.autograd.Function):
                 total, known_NM = _loss_and_grad(
                     losses, slice(0, len(ids_NM)), *_gather_all(hidden, weight, bias, head, ids_NM)
                 )
-            for rows in _chunks(len(hidden), weight):
-                product_NV = nn.functional.linear(hidden[rows], weight, bias)
+            for rows, product_NV in _products(hidden, weight, bias):
                 probs_NV, logprobs_NM, entropy_N = _gather(head, product_NV, ids_NM[rows])
                 if known_NM is None:
                     loss, grad_NM = _loss_and_grad(losses, rows, logprobs_NM, entropy_N)
@@ -151,7 +150,7 @@ class _HeadLoss(torch.autograd.Function):
                     _add_product(grad_weight, grad_NV.t(), hidden[rows])
                 if grad_bias is not None:
                     grad_bias += grad_NV.sum(0)
-                del product_NV, probs_NV, grad_NV  # else the next chunk's stand beside them
+                del probs_NV, grad_NV  # else the next chunk's stand beside them
         left = (None, None) if head.adds_to_grad else (grad_weight, grad_bias)
         ctx.grads = [
             None if grad is None or parameter is None else grad.to(parameter.dtype)
@@ -200,11 +199,23 @@ def _gather_all(
 ) -> tuple[Tensor, Tensor]:
     logprobs_NM = torch.empty(ids_NM.shape, device=hidden_NH.device)
     entropy_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
-    for rows in _chunks(len(hidden_NH), weight_VH):
-        product_NV = nn.functional.linear(hidden_NH[rows], weight_VH, bias_V)
+    for rows, product_NV in _products(hidden_NH, weight_VH, bias_V):
         logprobs_NM[rows], entropy_N[rows] = _gather(head, product_NV, ids_NM[rows])[1:]
-        del product_NV
     return logprobs_NM, entropy_N
+
+
+def _products(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their W h + b) chunk by chunk, each in the place of the last: on a CPU new memory is cleared first."""
+    num_rows, most = len(hidden_NH), rows_per_chunk(len(weight_VH), weight_VH.device.type)
+    size = -(-num_rows // -(-num_rows // most)) if num_rows else 1  # as many chunks as there must be, of one size
+    place_NV = hidden_NH.new_empty(size, len(weight_VH))
+    for rows in _slices(num_rows, size):
+        product_NV = place_NV[: rows.stop - rows.start]
+        if bias_V is None:
+            torch.mm(hidden_NH[rows], weight_VH.t(), out=product_NV)
+        else:
+            torch.addmm(bias_V, hidden_NH[rows], weight_VH.t(), out=product_NV)
+        yield rows, product_NV
 
 
 def _gather(head: Head, product_NV: Tensor, ids_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,10 +255,6 @@ def _parts(product_NV: Tensor) -> Iterator[slice]:
     """Rows of a chunk that are worked on together."""
     device = product_NV.device.type
     return _slices(len(product_NV), max(1, VALUES_PER_PART.get(device, VALUES_PER_PART["cpu"]) // product_NV.shape[1]))
-
-
-def _chunks(num_rows: int, weight_VH: Tensor) -> Iterator[slice]:
-    return _slices(num_rows, rows_per_chunk(len(weight_VH), weight_VH.device.type))
 
 
 def _slices(num_rows: int, size: int) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_cache import registry
 from opd_cache.errors import FirstRankFailedError, StoreError, TryAgainError
-from opd_cache.learn.batch import global_batches, micro_batches, scored_tokens
+from opd_cache.learn.batch import first_tokens, global_batches, micro_batches, scored_tokens
 from opd_cache.learn.checkpoint import (
     STEPS,
     TrainerState,
@@ -47,6 +47,7 @@ from opd_cache.store.publish import publish_json, publish_link
 from opd_cache.store.shards import write_table
 
 log = logging.getLogger(__name__)
+CANARY_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -240,11 +241,11 @@ def _publish(
 
 
 def _canary(engine: Engine, lesson: Lesson) -> dict[str, Any] | None:
-    """A short rollout and its log-probs under the new policy: an engine that loads it must find the same."""
+    """The beginning of a rollout and its log-probs under the new policy: an engine that loads it must find the same."""
     rows = (row for row in planned_rows(lesson.sources, 1, 0) if len(row[0].response_ids) and row[1].error is None)
     if (row := next(rows, None)) is None:
         return None
-    rollout = replace(scored_tokens(*row), loss_mask=None)
+    rollout = replace(first_tokens(scored_tokens(*row), CANARY_TOKENS), loss_mask=None)
     (batch,) = micro_batches([(rollout, row[1])], [0.0], max_tokens=1)
     return {
         "prompt_ids": rollout.prompt_ids.tolist(),

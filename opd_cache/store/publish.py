@@ -4,9 +4,7 @@ Temporary on the same file system → write → fsync → read back → link(tem
 `link` is exclusive, so of racing writers the first wins; `rename` would let the last one replace a published file.
 """
 
-import contextlib
 import errno
-import gc
 import hashlib
 import json
 import os
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opd_cache.errors import CorruptShardError, MismatchError, MissingInputError
+from opd_cache.garbage import no_garbage_collection
 from opd_cache.run_dir import SCHEMA_VERSION
 from opd_cache.store.disk import explained_disk_errors, fsync_path, new_file, remove_folder, write_whole
 from opd_cache.store.shapes import check_shape, check_version
@@ -264,19 +263,6 @@ def _json_object(path: Path) -> tuple[bytes, dict[str, Any]]:
             f"{path}: expected a JSON object, found a {type(content).__name__}. Move the file away and run the stage again."
         )
     return data, content
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For what a large seal becomes: ten thousands of objects and none of them garbage. To look for some among them all,
-    again and again, takes a third of the time of reading it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def publish_folder(final: Path, fill: Callable[[Path], None]) -> bool:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_cache.errors import MismatchError
+from opd_cache.garbage import no_garbage_collection
 from opd_cache.run_dir import PLAN, SEAL, RolloutSet, RunDir, shard_name
 from opd_cache.status import asked_teachers, evaluated_subjects, read_identity, scored_parts
-from opd_cache.store.publish import digest_file, no_garbage_collection, read_json
+from opd_cache.store.publish import digest_file, read_json
 
 MODES = ("greedy", "sampled")
 JOINED = frozenset({"samples", "tokens"})

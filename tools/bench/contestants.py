@@ -42,15 +42,18 @@ class Watch:
 
 def opd_cache(spec: Spec, watch: Watch) -> dict[str, int]:
     """All stages in one process, models kept warm: `opd-cache run`."""
-    import opd_cache.learn.engines.torch
-    import opd_cache.learn.stage
-    import opd_cache.rollout.samplers.hf
-    import opd_cache.rollout.stage
-    import opd_cache.score.scorers.hf
-    import opd_cache.score.stage  # noqa: F401
+    from opd_cache.garbage import no_garbage_collection
     from opd_cache.pipeline import InlineStages, run_episodes
     from opd_cache.recipes import load_recipe
     from opd_cache.run import open_run
+
+    with no_garbage_collection():  # as the stages import them
+        import opd_cache.learn.engines.torch
+        import opd_cache.learn.stage
+        import opd_cache.rollout.samplers.hf
+        import opd_cache.rollout.stage
+        import opd_cache.score.scorers.hf
+        import opd_cache.score.stage  # noqa: F401
 
     watch.imported()
     run = open_run(load_recipe(spec["recipe"]))
@@ -76,9 +79,12 @@ def opd_cache_apart(spec: Spec, watch: Watch) -> dict[str, int]:
 
 def replay(spec: Spec, watch: Watch) -> dict[str, int]:
     """Another loss from the cache that `opd_cache` left."""
-    import opd_cache.learn.engines.torch
-    import opd_cache.learn.stage  # noqa: F401
-    from opd_cache.replay import replay_run
+    from opd_cache.garbage import no_garbage_collection
+
+    with no_garbage_collection():  # as the stages import them
+        import opd_cache.learn.engines.torch
+        import opd_cache.learn.stage  # noqa: F401
+        from opd_cache.replay import replay_run
 
     watch.imported()
     into = Path(spec["out"]) / "replay"
