@@ -52,6 +52,19 @@ def open_again(paths: Iterable[Path], load: Callable[[], T]) -> T:
         return load()
 
 
+def in_parts(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, as many at once as have `most_bytes`, or one that is larger. Without any, one empty part."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > most_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write one file. Raises DiskError when it reads back otherwise."""
     save_file(dict(tensors), path, metadata)
@@ -64,29 +77,13 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     try:
         with open_tensors(path) as file:
             names, found_metadata = set(file.keys()), file.metadata()
-        is_same = found_metadata == metadata and all(
-            _are_same(path, {name: tensors[name] for name in names})
-            for names in _batches(sorted(names & tensors.keys()), tensors)
-        )
+        known = ((name, tensors[name]) for name in sorted(names & tensors.keys()))
+        is_same = found_metadata == metadata and all(_are_same(path, part) for part in in_parts(known, COMPARED_BYTES))
     except SafetensorError as error:
         raise unlike_written(path) from error
     if not is_same:
         raise unlike_written(path)
     return names
-
-
-def _batches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names of COMPARED_BYTES of tensors, or a little more."""
-    batch: list[str] = []
-    size = 0
-    for name in names:
-        batch.append(name)
-        size += tensors[name].nbytes
-        if size >= COMPARED_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _are_same(path: Path, tensors: Mapping[str, Tensor]) -> bool:

@@ -23,10 +23,10 @@ from opd_cache.models import LanguageModel, load_model, load_weights_into
 from opd_cache.run_dir import TRAINER
 from opd_cache.store.disk import unlike_written, write_whole
 from opd_cache.store.publish import read_plain_json
-from opd_cache.tensor_files import FORMAT, check_tensors, read_tensors, save_tensors
+from opd_cache.tensor_files import FORMAT, check_tensors, in_parts, read_tensors, save_tensors
 
 ADAPTER_FOLDER, CONFIG = "adapter", "config.json"
-# One file is written with few system calls by one core; several side by side, whose tensors are then in memory at once.
+# One core writes a file, so several are written side by side; their tensors are then in memory at once.
 OPTIMIZER_FILE_BYTES, FILES_AT_ONCE = 512 << 20, 2
 # (label "exp_avg:NAME", tensor) of every optimizer state
 OptimizerState = Iterable[tuple[str, Tensor]]
@@ -152,27 +152,15 @@ def _is_among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
 def write_optimizer(folder: Path, state: OptimizerState) -> None:
     """Write an optimizer's tensors under trainer/, in files of bounded size."""
     (folder / TRAINER).mkdir(exist_ok=True)
+    whole = ((label, tensor.contiguous()) for label, tensor in state)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         writing: deque[Future[None]] = deque()
-        for number, tensors in enumerate(_optimizer_files(state)):
+        for number, tensors in enumerate(in_parts(whole, OPTIMIZER_FILE_BYTES)):
             writing.append(pool.submit(save_tensors, _optimizer_file(folder, number), tensors))
             if len(writing) == FILES_AT_ONCE:
                 writing.popleft().result()
         for file in writing:
             file.result()
-
-
-def _optimizer_files(state: OptimizerState) -> Iterator[dict[str, Tensor]]:
-    """What goes into each file: at most OPTIMIZER_FILE_BYTES, or one tensor that is larger. Always one at least."""
-    pending: dict[str, Tensor] = {}
-    size = 0
-    for label, tensor in state:
-        if pending and size + tensor.nbytes > OPTIMIZER_FILE_BYTES:
-            yield pending
-            pending, size = {}, 0
-        pending[label] = tensor.contiguous()
-        size += tensor.nbytes
-    yield pending
 
 
 def read_optimizer(folder: Path) -> Iterator[tuple[str, str, Tensor]]:

@@ -56,7 +56,8 @@ class TorchEngine:
         if with_optimizer:
             parameters = dict(self.student.module.named_parameters())
             for key, name, value in read_optimizer(folder):
-                self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+                # A copy: what is read are pages of the file.
+                self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
         self._holds = folder
 
     def _build(self, folder: Path) -> None:
