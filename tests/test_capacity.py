@@ -107,20 +107,20 @@ def test_vocabularies_are_compared_at_the_start(task: Path, make_recipe: Callabl
 
 
 def test_a_micro_batch_that_is_left_open_takes_a_share_of_the_memory_that_training_takes() -> None:
-    small, half_b, seven_b = (
+    small, third_b, seven_b = (
         ModelSize(parameters, layers, hidden, 151936, 128)
-        for parameters, layers, hidden in ((1_000_000, 4, 128), (494_000_000, 24, 896), (7_600_000_000, 28, 3584))
+        for parameters, layers, hidden in ((1_000_000, 4, 128), (360_000_000, 32, 960), (7_600_000_000, 28, 3584))
     )
     learn = LearnConfig()
     assert micro_batch_tokens(learn, small) == 8192
-    assert micro_batch_tokens(learn, half_b) == 1024  # never fewer
-    assert micro_batch_tokens(learn, half_b, gpu_bytes=80 << 30) == (10 << 30) // (4 * 26 * 24 * 896)
+    assert micro_batch_tokens(learn, third_b) == 1024  # never fewer
+    assert micro_batch_tokens(learn, third_b, gpu_bytes=80 << 30) == (10 << 30) // (4 * 26 * 32 * 960)
     tokens = micro_batch_tokens(learn, seven_b)
-    assert tokens == 7_600_000_000 * 16 // 4 // (4 * 26 * 28 * 3584)
+    assert tokens == 7_600_000_000 * 16 // 3 // (4 * 26 * 28 * 3584)
     assert micro_batch_tokens(learn, seven_b, ranks=2) == tokens // 2
     assert micro_batch_tokens(replace(learn, gradient_checkpointing="selective"), seven_b) - 2 * tokens in (0, 1)
     assert micro_batch_tokens(LearnConfig(lora=LoraOptions(rank=8)), seven_b) < tokens  # nothing but weights to hold
-    assert micro_batch_tokens(replace(learn, max_tokens_per_micro_batch=7), half_b, gpu_bytes=80 << 30) == 7
+    assert micro_batch_tokens(replace(learn, max_tokens_per_micro_batch=7), third_b, gpu_bytes=80 << 30) == 7
     assert micro_batch_tokens(learn, None) == 1024
 
 
