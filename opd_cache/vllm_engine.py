@@ -31,6 +31,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from opd_cache.config import ModelConfig, VllmOptions  # noqa: E402
 from opd_cache.errors import ConfigError, EngineOutputError, ModelError  # noqa: E402
 from opd_cache.fingerprint import model_folder  # noqa: E402
+from opd_cache.garbage import keep_what_is_there  # noqa: E402
 from opd_cache.models import ADAPTER_CONFIG, TRUST_HINT, dtype_name  # noqa: E402
 from opd_cache.stall import note_progress  # noqa: E402
 from opd_cache.types import Float32Array, Int32Array  # noqa: E402
@@ -54,6 +55,7 @@ class VllmEngine:
         _check_folder(self.folder, config)
         arguments = {**engine_arguments(options), **settings}
         try:
+            keep_what_is_there()  # all modules are in memory, and no model yet
             self.llm = vllm.LLM(
                 model=str(self.folder),
                 dtype=dtype_name(config),
