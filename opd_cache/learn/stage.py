@@ -47,7 +47,7 @@ from opd_cache.store.publish import publish_json, publish_link
 from opd_cache.store.shards import write_table
 
 log = logging.getLogger(__name__)
-CANARY_TOKENS = 64
+CANARY_TOKENS = 64  # of a response
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,14 @@ def build_student(options: LearnConfig, student: ModelConfig, folder: Path, devi
     if recomputes:
         recompute_activations(model.module, options.gradient_checkpointing)
         model.check_split()
-    if model.device.type == "cpu" and not uses_lora:
-        _leave_the_file(model.module)
     if uses_lora:
         add_adapters(model, options.lora)
         load_student(model, options, folder)
         if recomputes:
             # Else a checkpointed block whose inputs carry no gradient would be cut off.
             model.module.enable_input_require_grads()
+    elif model.device.type == "cpu":
+        _leave_the_file(model.module)
     return Student(model, options.precision, options.liger)
 
 
